@@ -1,0 +1,42 @@
+"""Fixtures of every test: checkpoints are written once per session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import real_parts
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function that writes a random-weight Qwen3 checkpoint, or finds it again."""
+    folders: dict[tuple[tuple[str, Any], ...], Path] = {}
+
+    def write(**settings: Any) -> Path:
+        key = tuple(sorted(settings.items()))
+        if key not in folders:
+            folder = tmp_path_factory.mktemp("checkpoint")
+            folders[key] = real_parts.save_random_qwen3(folder, **settings)
+        return folders[key]
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Return the folder of a real pretrained checkpoint."""
+    return real_parts.smollm2_folder()
+
+
+@pytest.fixture(autouse=True)
+def _doctest_names(
+    request: pytest.FixtureRequest, doctest_namespace: dict[str, Any]
+) -> Iterator[None]:
+    """Give the examples in docstrings a model to load."""
+    if isinstance(request.node, pytest.DoctestItem):
+        doctest_namespace["model_folder"] = str(request.getfixturevalue("checkpoint")())
+    yield

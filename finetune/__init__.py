@@ -1,0 +1,1 @@
+"""Fine-tuning of yes/no cross-encoders: a command line, not a Python API."""

@@ -1,0 +1,5 @@
+"""Qwen3-Reranker for LlamaIndex."""
+
+from .base import Qwen3Reranker
+
+__all__ = ["Qwen3Reranker"]

@@ -1,0 +1,69 @@
+"""Reranking with Qwen3-Reranker: right scores, fast, in your process.
+
+Public names load on first use, so that `import qwen3_reranker` stays light: torch is imported when
+a model is first needed.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import (
+        ClosedError,
+        DataError,
+        InputError,
+        ModelLoadError,
+        NonFiniteScoreError,
+        OverloadedError,
+        Qwen3RerankerError,
+    )
+    from .prompt import TEMPLATES, PromptTemplate
+    from .reranker import Reranker
+    from .results import RankedDocument, Scorer, Usage
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "ClosedError": "errors",
+    "DataError": "errors",
+    "InputError": "errors",
+    "ModelLoadError": "errors",
+    "NonFiniteScoreError": "errors",
+    "OverloadedError": "errors",
+    "PromptTemplate": "prompt",
+    "Qwen3RerankerError": "errors",
+    "RankedDocument": "results",
+    "Reranker": "reranker",
+    "Scorer": "results",
+    "TEMPLATES": "prompt",
+    "Usage": "results",
+}
+
+__all__ = [
+    "TEMPLATES",
+    "ClosedError",
+    "DataError",
+    "InputError",
+    "ModelLoadError",
+    "NonFiniteScoreError",
+    "OverloadedError",
+    "PromptTemplate",
+    "Qwen3RerankerError",
+    "RankedDocument",
+    "Reranker",
+    "Scorer",
+    "Usage",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

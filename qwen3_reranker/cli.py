@@ -1,0 +1,259 @@
+"""`qwen3-reranker`: rank documents and look at the set-up from a shell.
+
+Decides what is read and printed. Everything else is the library's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import unicodedata
+from collections.abc import Sequence
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+from . import __version__
+from .candidates import CandidateList, ndcg_at_10, read_candidates
+from .errors import InputError, Qwen3RerankerError
+from .jsonl import STDIN, parse_rows, read_lines
+from .prompt import TEMPLATES
+from .results import RankedDocument, cut_ranking
+
+if TYPE_CHECKING:
+    from .reranker import Reranker
+
+_DEFAULT_MODEL = "Qwen/Qwen3-Reranker-0.6B"
+_WIDTH = 80
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit status: 0 done, 1 a check failed, 2 bad input."""
+    arguments = _parser().parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+    except Qwen3RerankerError as error:
+        print(f"{error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        sys.stderr.close()
+        return 0
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="qwen3-reranker", description=__doc__.splitlines()[0])
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    rank = commands.add_parser(
+        "rank",
+        help="order documents by relevance to a query",
+        description="Order documents by relevance. Files may end in .gz or .xz; '-' is standard "
+        "input. A text file holds a document per line, a .jsonl file a {\"text\": ...} per line.",
+    )
+    rank.add_argument("document", nargs="*", help="documents to order")
+    rank.add_argument("-q", "--query", help="what is looked for")
+    rank.add_argument("-d", "--documents", metavar="FILE", help="file of documents")
+    rank.add_argument(
+        "-c",
+        "--candidates",
+        metavar="FILE",
+        help='JSONL of {"query", "candidates": [{"text", "id"?, "label"?}]} rows, ranked whole; '
+        "with labels nDCG@10 is printed",
+    )
+    rank.add_argument("-i", "--instruction", help="task sentence; rows may have their own")
+    rank.add_argument("-n", "--top-n", type=int, help="documents to keep per query")
+    rank.add_argument("--threshold", type=float, help="lowest P(yes) to keep")
+    rank.add_argument("--json", action="store_true", help="one JSON object per query")
+    rank.add_argument("-m", "--model", default=_DEFAULT_MODEL, help="default: %(default)s")
+    rank.add_argument("--adapter", help="LoRA weights")
+    rank.add_argument("--max-length", type=int, default=8192, help="tokens per pair")
+    _add_model_options(rank)
+    rank.set_defaults(run=_rank)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="show versions and choices; with a model, compare its scores with the official ones",
+    )
+    doctor.add_argument("model", nargs="?", help="Hub name, folder or .gguf file")
+    _add_model_options(doctor)
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--device", help="such as cpu or cuda:1")
+    parser.add_argument("--template", choices=sorted(TEMPLATES), help="prompt, if not the detected")
+
+
+def _rank(arguments: argparse.Namespace) -> int:
+    lists = _candidate_lists(arguments)
+    from .reranker import Reranker
+
+    with Reranker(
+        arguments.model,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        template=arguments.template,
+        adapter=arguments.adapter,
+        instruction=arguments.instruction,
+        max_length=arguments.max_length,
+    ) as reranker:
+        # Everything is ranked before the cut, because nDCG is counted on whole lists.
+        rankings = _rank_lists(reranker, lists)
+        for candidates, ranking in zip(lists, rankings, strict=True):
+            kept = cut_ranking(ranking, arguments.top_n, arguments.threshold)
+            if arguments.json:
+                print(json.dumps(_as_json(candidates, kept), ensure_ascii=False))
+            else:
+                _print_table(candidates, kept)
+        _print_summary(lists, rankings, reranker)
+    return 0
+
+
+def _rank_lists(reranker: Reranker, lists: list[CandidateList]) -> list[list[RankedDocument]]:
+    return reranker.rank_many(
+        [candidates.query for candidates in lists],
+        [candidates.texts for candidates in lists],
+        instruction=[candidates.instruction for candidates in lists],
+    )
+
+
+def _candidate_lists(arguments: argparse.Namespace) -> list[CandidateList]:
+    from . import inputs
+
+    inputs.cut(arguments.top_n, arguments.threshold)
+    if arguments.candidates is not None:
+        if arguments.query is not None or arguments.document or arguments.documents is not None:
+            raise InputError(
+                "--candidates brings its own queries and documents. Leave out --query and the "
+                "other documents."
+            )
+        return read_candidates(arguments.candidates)
+    if arguments.query is None:
+        raise InputError("there is no query. Pass --query TEXT, or --candidates FILE.")
+    ids = [str(i) for i in range(len(arguments.document))]
+    texts = list(arguments.document)
+    source = arguments.documents
+    if source is None and not texts and not sys.stdin.isatty():
+        source = STDIN
+    if source is not None:
+        for name, text in _read_documents(source):
+            ids.append(name)
+            texts.append(text)
+    if not texts:
+        raise InputError(
+            "there are no documents. Pass them as arguments, with --documents FILE, or on "
+            "standard input."
+        )
+    return [CandidateList("query", arguments.query, None, ids, texts, None, [])]
+
+
+def _read_documents(path: str) -> list[tuple[str, str]]:
+    if not path.removesuffix(".gz").removesuffix(".xz").endswith(".jsonl"):
+        return [(str(line), text) for line, text in read_lines(path)]
+    return parse_rows(path, _parse_document)
+
+
+def _parse_document(row: dict[str, Any], line: int) -> tuple[str, str]:
+    if not isinstance(row.get("text"), str):
+        raise ValueError("must have a string 'text'")
+    return str(row.get("id", line)), row["text"]
+
+
+def _as_json(candidates: CandidateList, ranking: list[RankedDocument]) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        "query_id": candidates.query_id,
+        "query": candidates.query,
+        "results": [
+            {
+                "index": r.index,
+                "id": candidates.ids[r.index],
+                "score": r.score,
+                "log_odds": r.log_odds,
+                "truncated": r.truncated,
+                "text": r.document,
+            }
+            for r in ranking
+        ],
+    }
+    return result
+
+
+def _print_table(candidates: CandidateList, ranking: list[RankedDocument]) -> None:
+    print(_fit(f"\n{candidates.query_id}: {candidates.query}"))
+    print("rank   score  log-odds  was  document")
+    for rank, result in enumerate(ranking, 1):
+        mark = "~" if result.truncated else " "
+        start = (
+            f"{rank:4d}  {result.score:.4f}  {result.log_odds:+8.3f} {result.index + 1:4d}{mark} "
+        )
+        print(start + _fit(result.document, _WIDTH - len(start)))
+    if any(result.truncated for result in ranking):
+        print("  ~ the end of this document was cut to --max-length")
+
+
+def _print_summary(
+    lists: list[CandidateList], rankings: list[list[RankedDocument]], reranker: Reranker
+) -> None:
+    usage = reranker.usage
+    lines = [
+        f"{len(lists)} queries, {usage.documents} documents, {usage.tokens} tokens computed, "
+        f"{usage.truncated} documents truncated"
+    ]
+    judged = [
+        (candidates, candidates.labels, ranking)
+        for candidates, ranking in zip(lists, rankings, strict=True)
+        if candidates.labels is not None
+    ]
+    if judged:
+        before, after = [], []
+        for candidates, labels, ranking in judged:
+            log_odds = {result.index: result.log_odds for result in ranking}
+            given = [-float(i) for i in range(len(labels))]
+            before.append(ndcg_at_10(labels, given, candidates.missing_labels))
+            scores = [log_odds[i] for i in range(len(labels))]
+            after.append(ndcg_at_10(labels, scores, candidates.missing_labels))
+        lines.append(
+            f"nDCG@10 {mean(after):.4f}, in the order given {mean(before):.4f} "
+            f"({len(judged)} queries with labels)"
+        )
+    print("\n" + "\n".join(lines), file=sys.stderr)
+
+
+def _fit(text: str, width: int = _WIDTH) -> str:
+    """Return the beginning of a text that fits a terminal line, without control characters."""
+    shown, used = [], 0
+    for character in text:
+        if character != "\n" and not character.isprintable():
+            character = " "
+        columns = 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        if used + columns > width - 1:
+            return "".join(shown) + "…"
+        shown.append(character)
+        used += columns
+    return "".join(shown)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from . import doctor
+
+    for line in doctor.describe_environment():
+        print(line)
+    if arguments.model is None:
+        print(f"\nNext: qwen3-reranker doctor {_DEFAULT_MODEL}")
+        return 0
+    report = doctor.examine(
+        arguments.model,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        template=arguments.template,
+    )
+    print()
+    for line in report.lines:
+        print(line)
+    return 0 if report.is_healthy else 1

@@ -1,0 +1,43 @@
+"""Every error this package raises on purpose.
+
+    Qwen3RerankerError
+    ├── InputError (ValueError)            an argument of a call cannot be used
+    ├── DataError (ValueError)             a line of a file cannot be used; names file and line
+    ├── ModelLoadError (RuntimeError)      a checkpoint, tokenizer or adapter cannot be used
+    ├── NonFiniteScoreError (RuntimeError) the model returned NaN or infinity
+    ├── OverloadedError (RuntimeError)     the queue of waiting calls is full; nothing was started
+    └── ClosedError (RuntimeError)         the reranker was closed before the call was scored
+
+Messages say what is wrong, what was got, why it cannot work where that is not plain, and what to
+do next. They carry indices, lengths and types, never the text of a query or document.
+"""
+
+from __future__ import annotations
+
+
+class Qwen3RerankerError(Exception):
+    """Base of every error of this package."""
+
+
+class InputError(Qwen3RerankerError, ValueError):
+    """An argument of a call cannot be used."""
+
+
+class DataError(Qwen3RerankerError, ValueError):
+    """A line of a data file cannot be used."""
+
+
+class ModelLoadError(Qwen3RerankerError, RuntimeError):
+    """A checkpoint, tokenizer, adapter or template cannot be used."""
+
+
+class NonFiniteScoreError(Qwen3RerankerError, RuntimeError):
+    """The model returned NaN or infinity; a score is never invented in its place."""
+
+
+class OverloadedError(Qwen3RerankerError, RuntimeError):
+    """The queue of waiting calls is full; the call was refused at once."""
+
+
+class ClosedError(Qwen3RerankerError, RuntimeError):
+    """The reranker was closed before the call was scored."""

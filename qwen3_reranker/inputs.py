@@ -1,0 +1,164 @@
+"""Checks of what callers pass, before any work starts.
+
+Decides what is accepted; every refusal names the argument, what was got and what to do. Texts are
+never quoted, only their types and positions.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+from collections.abc import Iterable, Mapping, Set
+from typing import Any
+
+from .errors import InputError
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def query(value: Any, name: str = "query") -> str:
+    """Return the query, a string that is not blank."""
+    if not isinstance(value, str):
+        raise InputError(f"{name} must be a string, got {type(value).__name__}. Pass the text.")
+    if not value.strip():
+        raise InputError(f"{name} is blank ({len(value)} characters). Pass what to look for.")
+    return value
+
+
+def documents(value: Any, name: str = "documents") -> list[str]:
+    """Return the documents as a list of the caller's own string objects."""
+    items = _items(value, name, "strings")
+    wrong = [i for i, item in enumerate(items) if not isinstance(item, str)]
+    if wrong:
+        kind = type(items[wrong[0]]).__name__
+        others = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise InputError(
+            f"{name}[{wrong[0]}] must be a string, got {kind}{others}. Pass the text itself; an "
+            "empty string stands for a document without text."
+        )
+    return items
+
+
+def lists(queries: Any, documents_of: Any) -> tuple[list[str], list[list[str]]]:
+    """Return queries and, aligned with them, their documents."""
+    given = _items(queries, "queries", "strings")
+    rows = _items(documents_of, "documents", "lists of strings, one per query")
+    if len(given) != len(rows):
+        raise InputError(
+            f"queries and documents must be aligned, got {len(given)} queries and {len(rows)} "
+            "lists of documents. Pass one list per query."
+        )
+    is_single = len(given) == 1
+    return (
+        [query(item, "query" if is_single else f"queries[{i}]") for i, item in enumerate(given)],
+        [
+            documents(row, "documents" if is_single else f"documents[{i}]")
+            for i, row in enumerate(rows)
+        ],
+    )
+
+
+def pairs(value: Any) -> list[tuple[str, str]]:
+    """Return (query, document) pairs."""
+    checked = []
+    for i, item in enumerate(_items(value, "pairs", "(query, document) pairs")):
+        if not isinstance(item, (tuple, list)) or len(item) != 2:
+            raise InputError(
+                f"pairs[{i}] must be a (query, document) pair, got {type(item).__name__}."
+                " Pass two strings."
+            )
+        (document,) = documents([item[1]], f"document of pairs[{i}]")
+        checked.append((query(item[0], f"query of pairs[{i}]"), document))
+    return checked
+
+
+def instruction(value: Any, name: str = "instruction") -> str | None:
+    """Return the instruction; an empty string is taken literally, None means the default."""
+    if value is not None and not isinstance(value, str):
+        raise InputError(
+            f"{name} must be a string or None, got {type(value).__name__}. Pass one English "
+            "sentence that states the task."
+        )
+    return value
+
+
+def instructions(value: Any, num_queries: int) -> list[str | None]:
+    """Return one instruction per query, from one for all or a list."""
+    if value is None or isinstance(value, str):
+        return [value] * num_queries
+    if not isinstance(value, (list, tuple)):
+        instruction(value)
+    if len(value) != num_queries:
+        raise InputError(
+            f"instruction must be one string or one per query, got {len(value)} for "
+            f"{num_queries} queries."
+        )
+    return [instruction(item, f"instruction[{i}]") for i, item in enumerate(value)]
+
+
+def cut(top_n: Any, score_threshold: Any) -> None:
+    """Check how much of a ranking is kept."""
+    if top_n is not None and (not _is_int(top_n) or top_n < 1):
+        raise InputError(
+            f"top_n must be an integer of at least 1 or None, got {top_n!r}. Use None to keep "
+            "every document."
+        )
+    if score_threshold is not None and not (
+        isinstance(score_threshold, (int, float))
+        and not isinstance(score_threshold, bool)
+        and math.isfinite(score_threshold)
+        and 0 <= score_threshold <= 1
+    ):
+        raise InputError(
+            f"score_threshold must be between 0 and 1 or None, got {score_threshold!r}. Scores "
+            "are probabilities; use None to keep every document."
+        )
+
+
+def positive_int(name: str, value: Any) -> int:
+    """Return a count of at least 1."""
+    if not _is_int(value) or value < 1:
+        raise InputError(f"{name} must be an integer of at least 1, got {value!r}.")
+    return int(value)
+
+
+def dtype(value: Any) -> str | None:
+    """Return a dtype's name, from the name itself or a torch dtype."""
+    name = None if value is None else str(value).removeprefix("torch.")
+    if name is not None and name not in _DTYPES:
+        raise InputError(
+            f"dtype must be one of {', '.join(_DTYPES)} or None, got {value!r}. Use None for the "
+            "default of checkpoint and device."
+        )
+    return name
+
+
+def path(name: str, value: Any) -> str:
+    """Return a Hub name or path as a string."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise InputError(
+            f"{name} must be a Hub name or a path, got {type(value).__name__}. Pass a string."
+        )
+    text = str(value)
+    if not text.strip():
+        raise InputError(f"{name} is blank. Pass a Hub name such as 'Qwen/Qwen3-Reranker-0.6B'.")
+    return text
+
+
+def _items(value: Any, name: str, content: str) -> list[Any]:
+    # A string is a sequence of strings, and sets and mappings have no positions to return.
+    if isinstance(value, (str, bytes, Mapping, Set)) or not isinstance(value, Iterable):
+        raise InputError(
+            f"{name} must be a list of {content}, got {type(value).__name__}. Wrap a single item "
+            "in a list."
+        )
+    return list(value)
+
+
+def _is_int(value: Any) -> bool:
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return not isinstance(value, bool)

@@ -1,0 +1,150 @@
+"""Strict reading of text and JSON lines, plain or compressed.
+
+Decides what a well-formed line is. Knows nothing of what rows mean. Other readers guess: a repeated
+key or a lone surrogate makes them drop or mistake values without a word.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+import math
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO, TypeVar
+
+from .errors import DataError
+
+STDIN = "-"
+
+Parsed = TypeVar("Parsed")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of a JSONL file: its content, or why it has none.
+
+    Attributes:
+        line: Line number, from 1.
+        content: The object, or None if the line is faulty.
+        fault: What is wrong, empty if nothing is.
+    """
+
+    line: int
+    content: dict[str, Any] | None
+    fault: str = ""
+
+
+def read_lines(path: str) -> Iterator[tuple[int, str]]:
+    """Yield (line number, text) of each line that is not blank, without its line ending.
+
+    Args:
+        path: A file, read as gzip or xz if it ends in .gz or .xz, or "-" for standard input.
+
+    Raises:
+        DataError: If the file cannot be opened, decompressed or decoded as UTF-8.
+    """
+    number = 0
+    try:
+        with _open(path) as file:
+            for number, raw in enumerate(file, 1):
+                text = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                if text.strip():
+                    yield number, text
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} line {number}: byte {error.start + 1} is not UTF-8. Save the file as UTF-8."
+        ) from error
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise DataError(f"{path} cannot be read after line {number}: {reason}.") from error
+
+
+def read_rows(path: str) -> Iterator[Row]:
+    """Yield each JSON line as an object or a fault; every line that is not blank is accounted for.
+
+    Raises:
+        DataError: As `read_lines`.
+    """
+    for line, text in read_lines(path):
+        try:
+            content = json.loads(
+                text,
+                object_pairs_hook=_unique,
+                parse_constant=_refuse_constant,
+                parse_float=_finite,
+            )
+            json.dumps(content, ensure_ascii=False).encode()
+        except json.JSONDecodeError as error:
+            yield Row(line, None, f"not JSON at column {error.colno}: {error.msg}")
+        except UnicodeEncodeError:
+            yield Row(line, None, "a string holds a lone surrogate, half of a character")
+        except ValueError as error:
+            yield Row(line, None, str(error))
+        except RecursionError:
+            yield Row(line, None, "nested too deeply")
+        else:
+            if isinstance(content, dict):
+                yield Row(line, content)
+            else:
+                yield Row(line, None, f"must be an object, got {type(content).__name__}")
+
+
+def parse_rows(path: str, parse: Callable[[dict[str, Any], int], Parsed]) -> list[Parsed]:
+    """Parse every row of a file, or report every fault of it.
+
+    Args:
+        path: As `read_lines`.
+        parse: Called with the object and its line number; raises ValueError to refuse it.
+
+    Raises:
+        DataError: If the file has a fault or no rows; the first twenty faults are listed.
+    """
+    parsed, faults = [], []
+    for row in read_rows(path):
+        try:
+            if row.content is None:
+                raise ValueError(row.fault)
+            parsed.append(parse(row.content, row.line))
+        except ValueError as error:
+            faults.append(f"  line {row.line}: {error}")
+    if faults:
+        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        more = [f"  ... and {len(faults) - 20} more"] if len(faults) > 20 else []
+        raise DataError(
+            "\n".join([f"{path} has {count}; nothing was done:", *faults[:20], *more])
+        )
+    if not parsed:
+        raise DataError(f"{path} has no rows. Pass a file with one JSON object per line.")
+    return parsed
+
+
+def _open(path: str) -> BinaryIO:
+    if path == STDIN:
+        return sys.stdin.buffer
+    if path.endswith(".gz"):
+        return gzip.open(path)  # type: ignore[return-value]
+    if path.endswith(".xz"):
+        return lzma.open(path)  # type: ignore[return-value]
+    return open(path, "rb")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a key is given twice")
+    return content
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is too large for a number")
+    return value

@@ -1,0 +1,82 @@
+"""The network: stock decoder layers over one pack, then one fp32 dot product per document.
+
+Decides how a pack becomes log-odds. Knows nothing of files, text or callers.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .packing import Pack
+
+
+class YesNoCrossEncoder(torch.nn.Module):
+    """A decoder without its vocabulary head.
+
+    The score of a document is log p(yes) - log p(no) after the prompt. Both share one softmax, so
+    the difference is `(W[yes] - W[no]) . h` with h the normalised hidden state of the last token:
+    one row instead of a vocabulary, and exact. The row and the last norm are computed in float32
+    whatever the decoder's dtype, because two half-precision logits near 20 differ in steps of 0.1.
+
+    Args:
+        decoder: A transformers decoder with `embed_tokens`, `rotary_emb`, `layers` and `norm`,
+            loaded with the attention of `attention.NAME`.
+        head: `W[yes] - W[no]` in float32, shape (hidden,).
+    """
+
+    def __init__(self, decoder: torch.nn.Module, head: torch.Tensor) -> None:
+        super().__init__()
+        self.decoder = decoder
+        # A plain attribute, so that casting the module never touches the row's float32.
+        self.head = head
+
+    @property
+    def device(self) -> torch.device:
+        """Where the packs go."""
+        weight: torch.Tensor = self.decoder.embed_tokens.weight
+        return weight.device
+
+    def forward(self, pack: Pack) -> torch.Tensor:
+        """Return the log-odds of each document of a pack.
+
+        Returns:
+            float32, shape (documents,), in the order of `pack.last_tokens`.
+        """
+        return self._log_odds(pack.token_ids, pack.position_ids, pack.last_tokens, pack)
+
+    def forward_alone(self, token_ids: NDArray[np.int64]) -> torch.Tensor:
+        """Return the log-odds of one whole prompt by plain causal attention, shape (1,).
+
+        The yardstick of the self-test; nothing else calls it.
+        """
+        return self._log_odds(token_ids, np.arange(len(token_ids)), [len(token_ids) - 1], None)
+
+    @torch.inference_mode()
+    def score(self, pack: Pack) -> NDArray[np.float32]:
+        """Return `forward(pack)` as an array, without gradients, from any thread."""
+        scores: NDArray[np.float32] = self.forward(pack).cpu().numpy()
+        return scores
+
+    def _log_odds(
+        self,
+        token_ids: NDArray[np.int64],
+        position_ids: NDArray[np.int64],
+        last_tokens: list[int],
+        pack: Pack | None,
+    ) -> torch.Tensor:
+        positions = torch.from_numpy(position_ids).to(self.device)[None]
+        hidden = self.decoder.embed_tokens(torch.from_numpy(token_ids).to(self.device)[None])
+        rotary = self.decoder.rotary_emb(hidden, positions)
+        for layer in self.decoder.layers:
+            hidden = layer(
+                hidden,
+                attention_mask=None,
+                position_ids=positions,
+                position_embeddings=rotary,
+                use_cache=False,
+                pack=pack,
+            )  # (1, tokens, hidden)
+        last = self.decoder.norm(hidden[0, last_tokens].float())  # (documents, hidden)
+        return last @ self.head.to(last.device)

@@ -1,0 +1,370 @@
+"""The facade: check everything, encode, score, sort.
+
+Decides what a call accepts and what it returns. Knows nothing of tensors; torch is imported only
+when a model is first needed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from tqdm import tqdm
+
+from . import inputs
+from .engine import Engine, Scores
+from .errors import ClosedError, InputError
+from .prompt import PromptTemplate
+from .results import RankedDocument, Usage, cut_ranking
+from .runtime import Runtime
+from .tokenization import EncodedGroup
+
+if TYPE_CHECKING:
+    import torch
+
+    from .loading import LoadedModel
+
+DEFAULT_MAX_LENGTH = 8192
+_PROGRESS_AFTER_S = 2.0
+
+
+class Reranker:
+    """Scores documents against a query with a Qwen3-Reranker checkpoint.
+
+    The model is loaded by the first call that needs it and owned by one thread; any number of
+    threads and tasks may call at once.
+
+    Args:
+        model: Hub name, local folder or path of a GGUF file. Causal checkpoints and one-label
+            sequence-classification conversions load alike.
+        dtype: "float32", "bfloat16", "float16" or a torch dtype. None takes the checkpoint's own
+            on CUDA; on CPU float32, unless the checkpoint is bfloat16 and the CPU has it.
+        device: A torch device, None for CUDA where available, else CPU.
+        template: Prompt template or its id. None takes the adapter's recorded one, else what the
+            tokenizer can express.
+        adapter: Folder or Hub name of LoRA weights.
+        revision: Revision of a Hub model.
+        instruction: Task sentence for every call that gives none. None is the template's own.
+        max_length: Tokens per pair, prompt included. Only a document's end is ever cut, and its
+            result says so. The default adapts to models with fewer positions.
+        max_batch_tokens: Token budget of one forward; None chooses by device and memory.
+
+    Raises:
+        InputError: If an argument has the wrong type or value.
+
+    Example:
+        >>> reranker = Reranker(model_folder)
+        >>> results = reranker.rank("capital of France", ["Paris is a city.", "I like tea."])
+        >>> sorted(result.index for result in results)
+        [0, 1]
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        template: str | PromptTemplate | None = None,
+        adapter: str | None = None,
+        revision: str | None = None,
+        instruction: str | None = None,
+        max_length: int = DEFAULT_MAX_LENGTH,
+        max_batch_tokens: int | None = None,
+    ) -> None:
+        self._model = inputs.path("model", model)
+        inputs.instruction(instruction)
+        self._instruction = instruction
+        self._max_length = inputs.positive_int("max_length", max_length)
+        if max_batch_tokens is not None:
+            inputs.positive_int("max_batch_tokens", max_batch_tokens)
+        self._usage = Usage()
+        self._usage_lock = threading.Lock()
+        self._runtime: Runtime | None = Runtime(
+            model=self._model,
+            dtype=inputs.dtype(dtype),
+            device=None if device is None else str(device),
+            template=template,
+            adapter=None if adapter is None else inputs.path("adapter", adapter),
+            revision=revision,
+            max_batch_tokens=max_batch_tokens,
+        )
+
+    @classmethod
+    def shared(
+        cls,
+        model: str,
+        *,
+        instruction: str | None = None,
+        max_length: int = DEFAULT_MAX_LENGTH,
+        **settings: Any,
+    ) -> Self:
+        """Return a reranker that shares its weights with others of the same settings.
+
+        Takes what the constructor takes. `instruction` and `max_length` belong to the returned
+        object alone; everything else decides which weights are shared. They are freed when the
+        last reranker that shares them is closed or collected.
+        """
+        reranker = cls(model, instruction=instruction, max_length=max_length, **settings)
+        if reranker._runtime is not None:
+            reranker._runtime = reranker._runtime.shared()
+        return reranker
+
+    def rank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        instruction: str | None = None,
+        top_n: int | None = None,
+        score_threshold: float | None = None,
+    ) -> list[RankedDocument]:
+        """Return the documents, most relevant first; equal scores keep the caller's order.
+
+        Args:
+            query: What is looked for.
+            documents: Texts to order; none gives an empty list without loading the model.
+            instruction: Task sentence of this call.
+            top_n: Keep this many; None keeps all.
+            score_threshold: Keep only documents with at least this P("yes").
+
+        Raises:
+            InputError: If an argument cannot be used; nothing has been scored then.
+            ModelLoadError: If the model cannot be loaded.
+            NonFiniteScoreError: If the model returned NaN or infinity.
+        """
+        job = self._job([query], [documents], instruction)
+        inputs.cut(top_n, score_threshold)
+        (ranked,) = _ranked(job, self._score(job), top_n, score_threshold)
+        return ranked
+
+    async def arank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        instruction: str | None = None,
+        top_n: int | None = None,
+        score_threshold: float | None = None,
+    ) -> list[RankedDocument]:
+        """Return what `rank` returns without blocking the event loop."""
+        job = self._job([query], [documents], instruction)
+        inputs.cut(top_n, score_threshold)
+        (ranked,) = _ranked(job, await self._ascore(job), top_n, score_threshold)
+        return ranked
+
+    def rank_many(
+        self,
+        queries: Sequence[str],
+        documents: Sequence[Sequence[str]],
+        *,
+        instruction: str | Sequence[str | None] | None = None,
+        top_n: int | None = None,
+        score_threshold: float | None = None,
+    ) -> list[list[RankedDocument]]:
+        """Rank one list of documents per query, several queries to a forward.
+
+        Args:
+            queries: The queries.
+            documents: For each query its documents.
+            instruction: One task sentence for all, or one per query.
+            top_n: As in `rank`, for each query.
+            score_threshold: As in `rank`.
+
+        Returns:
+            One ranked list per query, in the order of the queries.
+        """
+        job = self._job(queries, documents, instruction)
+        inputs.cut(top_n, score_threshold)
+        return _ranked(job, self._score(job), top_n, score_threshold)
+
+    def score(
+        self, query: str, documents: Sequence[str], *, instruction: str | None = None
+    ) -> list[float]:
+        """Return P("yes") of each document, aligned with the input."""
+        job = self._job([query], [documents], instruction)
+        return _probabilities(self._score(job))
+
+    async def ascore(
+        self, query: str, documents: Sequence[str], *, instruction: str | None = None
+    ) -> list[float]:
+        """Return what `score` returns without blocking the event loop."""
+        job = self._job([query], [documents], instruction)
+        return _probabilities(await self._ascore(job))
+
+    def score_pairs(
+        self, pairs: Sequence[tuple[str, str]], *, instruction: str | None = None
+    ) -> list[float]:
+        """Return P("yes") of each (query, document), aligned; equal queries share their head."""
+        checked = inputs.pairs(pairs)
+        documents_of: dict[str, list[int]] = {}
+        for i, (query, _) in enumerate(checked):
+            documents_of.setdefault(query, []).append(i)
+        order = [i for positions in documents_of.values() for i in positions]
+        job = self._job(
+            list(documents_of),
+            [[checked[i][1] for i in positions] for positions in documents_of.values()],
+            instruction,
+        )
+        scores = [0.0] * len(checked)
+        for i, score in zip(order, _probabilities(self._score(job)), strict=True):
+            scores[i] = score
+        return scores
+
+    @property
+    def usage(self) -> Usage:
+        """What this object has scored so far."""
+        return self._usage
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """The loaded checkpoint and the choices made for it; loads it if need be.
+
+        Raises:
+            ModelLoadError: If it cannot be loaded.
+        """
+        return self._open_runtime().load()[0]
+
+    def close(self) -> None:
+        """Free the model unless others share it; calls still waiting then get a `ClosedError`."""
+        self._runtime = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._model!r})"
+
+    def _open_runtime(self) -> Runtime:
+        if self._runtime is None:
+            raise ClosedError("this reranker is closed. Make a new one.")
+        return self._runtime
+
+    def _job(self, queries: Any, documents: Any, instruction: Any) -> _Job:
+        """Check everything a caller gave, before any work."""
+        self._open_runtime()
+        queries, documents = inputs.lists(queries, documents)
+        instructions = inputs.instructions(instruction, len(queries))
+        return _Job(
+            queries,
+            documents,
+            [self._instruction if given is None else given for given in instructions],
+        )
+
+    def _score(self, job: _Job) -> _Scored:
+        if not job.num_documents:
+            return _Scored.empty(job)
+        encoded, engine = self._encode(job)
+        with tqdm(
+            total=job.num_documents, unit=" documents", desc="Reranking",
+            delay=_PROGRESS_AFTER_S, disable=None, leave=False,
+        ) as bar:  # fmt: skip
+            future = engine.submit(encoded, progress=bar.update)
+            try:
+                return self._count(job, encoded, future.result())
+            except BaseException:  # KeyboardInterrupt, too, must not leave work behind
+                future.cancel()
+                raise
+
+    async def _ascore(self, job: _Job) -> _Scored:
+        if not job.num_documents:
+            return _Scored.empty(job)
+        # Encoding a long text takes a while and loading a model longer: neither on the loop.
+        encoded, engine = await asyncio.to_thread(self._encode, job)
+        future: Future[Scores] = engine.submit(encoded)
+        return self._count(job, encoded, await asyncio.wrap_future(future))
+
+    def _encode(self, job: _Job) -> tuple[list[EncodedGroup], Engine]:
+        loaded, engine = self._open_runtime().load()
+        limit = loaded.max_positions
+        if self._max_length > max(limit, DEFAULT_MAX_LENGTH):
+            raise InputError(
+                f"max_length must be at most {limit} for this model, got {self._max_length}. It "
+                "has no positions beyond."
+            )
+        encoded = [
+            loaded.tokenizer.encode_group(
+                instruction, query, documents, max_length=min(self._max_length, limit)
+            )
+            for instruction, query, documents in zip(
+                job.instructions, job.queries, job.documents, strict=True
+            )
+            ]
+        return encoded, engine
+
+    def _count(self, job: _Job, encoded: list[EncodedGroup], scores: Scores) -> _Scored:
+        truncated = [group.truncated for group in encoded]
+        with self._usage_lock:
+            self._usage = Usage(
+                self._usage.documents + job.num_documents,
+                self._usage.tokens + scores.tokens,
+                self._usage.truncated + sum(map(sum, truncated)),
+                self._usage.repaired + sum(group.num_repaired for group in encoded),
+            )
+        return _Scored([row.tolist() for row in scores.log_odds], truncated)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A checked call: one instruction and one list of documents per query."""
+
+    queries: list[str]
+    documents: list[list[str]]
+    instructions: list[str | None]
+
+    @property
+    def num_documents(self) -> int:
+        return sum(map(len, self.documents))
+
+
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    """Log-odds and truncation flags, aligned with a job's documents."""
+
+    log_odds: list[list[float]]
+    truncated: list[list[bool]]
+
+    @classmethod
+    def empty(cls, job: _Job) -> _Scored:
+        return cls([[] for _ in job.queries], [[] for _ in job.queries])
+
+
+def _ranked(
+    job: _Job, scored: _Scored, top_n: int | None, score_threshold: float | None
+) -> list[list[RankedDocument]]:
+    rankings = []
+    for documents, log_odds, truncated in zip(
+        job.documents, scored.log_odds, scored.truncated, strict=True
+    ):
+        order = sorted(range(len(documents)), key=lambda i: -log_odds[i])  # stable: ties keep order
+        ranking = [
+            RankedDocument(i, documents[i], _probability(log_odds[i]), log_odds[i], truncated[i])
+            for i in order
+        ]
+        rankings.append(cut_ranking(ranking, top_n, score_threshold))
+    return rankings
+
+
+def _probabilities(scored: _Scored) -> list[float]:
+    return [_probability(value) for row in scored.log_odds for value in row]
+
+
+def _probability(log_odds: float) -> float:
+    """Return the sigmoid, written so that neither sign overflows."""
+    if log_odds >= 0:
+        return 1 / (1 + math.exp(-log_odds))
+    return math.exp(log_odds) / (1 + math.exp(log_odds))

@@ -1,0 +1,85 @@
+"""What a call returns, and the seam where a scorer can be replaced.
+
+Knows nothing of models: tests and applications may put any object with these verbs in the place
+of a `Reranker`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+
+@dataclass(frozen=True, slots=True)
+class RankedDocument:
+    """One document of a ranked list.
+
+    Attributes:
+        index: Position in the caller's list.
+        document: The caller's own string object; left out of `repr`, which ends up in logs.
+        score: P("yes") between 0 and 1.
+        log_odds: logit(yes) - logit(no); does not saturate, so it is what the list is sorted by.
+        truncated: True if the end of the document was cut to fit `max_length`.
+    """
+
+    index: int
+    document: str = field(repr=False)
+    score: float
+    log_odds: float
+    truncated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a `Reranker` has done since it was made.
+
+    Attributes:
+        documents: Documents scored, duplicates included.
+        tokens: Tokens the model computed; shared heads and duplicates count once per pack.
+        truncated: Documents cut to `max_length`.
+        repaired: Texts in which lone surrogates were replaced by U+FFFD.
+    """
+
+    documents: int = 0
+    tokens: int = 0
+    truncated: int = 0
+    repaired: int = 0
+
+
+def cut_ranking(
+    ranking: list[RankedDocument], top_n: int | None, score_threshold: float | None
+) -> list[RankedDocument]:
+    """Keep results with at least `score_threshold`, then the first `top_n`; None keeps all."""
+    if score_threshold is not None:
+        ranking = [result for result in ranking if result.score >= score_threshold]
+    return ranking[:top_n]
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """The verbs that integrations use; `Reranker` has them, and so may a fake."""
+
+    def rank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        instruction: str | None = None,
+        top_n: int | None = None,
+        score_threshold: float | None = None,
+    ) -> list[RankedDocument]:
+        """Return the documents, most relevant first."""
+        ...
+
+    async def arank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        instruction: str | None = None,
+        top_n: int | None = None,
+        score_threshold: float | None = None,
+    ) -> list[RankedDocument]:
+        """Return what `rank` returns without blocking the event loop."""
+        ...

