@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,16 @@ def smollm2() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _doctest_names(
-    request: pytest.FixtureRequest, doctest_namespace: dict[str, Any]
-) -> Iterator[None]:
+def _doctest_names(request: pytest.FixtureRequest, doctest_namespace: dict[str, Any]) -> None:
     """Give the examples in docstrings a model to load."""
     if isinstance(request.node, pytest.DoctestItem):
         doctest_namespace["model_folder"] = str(request.getfixturevalue("checkpoint")())
-    yield
+
+
+@pytest.fixture(scope="session")
+def official_tokenizer_file() -> Path:
+    """Return Qwen3's own tokenizer.json if one is at hand."""
+    path = os.environ.get("QWEN3_TOKENIZER_JSON")
+    if path is None:
+        pytest.skip("set QWEN3_TOKENIZER_JSON to Qwen3's tokenizer.json to compare with it")
+    return Path(path)

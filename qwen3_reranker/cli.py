@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         "rank",
         help="order documents by relevance to a query",
         description="Order documents by relevance. Files may end in .gz or .xz; '-' is standard "
-        "input. A text file holds a document per line, a .jsonl file a {\"text\": ...} per line.",
+        'input. A text file holds a document per line, a .jsonl file a {"text": ...} per line.',
     )
     rank.add_argument("document", nargs="*", help="documents to order")
     rank.add_argument("-q", "--query", help="what is looked for")
@@ -227,7 +227,8 @@ def _print_summary(
 
 def _fit(text: str, width: int = _WIDTH) -> str:
     """Return the beginning of a text that fits a terminal line, without control characters."""
-    shown, used = [], 0
+    shown: list[str] = []
+    used = 0
     for character in text:
         if character != "\n" and not character.isprintable():
             character = " "

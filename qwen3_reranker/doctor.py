@@ -39,7 +39,8 @@ _GOLDENS = (
     (_CHINA, "The capital of China is Shanghai.", 0.9993713, "Qwen3-Embedding issue 64"),
     (_CHINA, "The capital of Korea is Seoul.", 0.00103, "text-embeddings-inference issue 835"),
 )
-_PAIRS = tuple((query, document) for query, document, _, _ in _GOLDENS) + (
+_PAIRS = (
+    *((query, document) for query, document, _, _ in _GOLDENS),
     ("sort a list in place", "def f(x):\n    x.sort()\n    return None\n"),
     ("北京的人口", "  北京市常住人口约2180万。\n\n"),
     ("empty document", ""),
@@ -165,5 +166,3 @@ def _version(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-

@@ -19,7 +19,7 @@ from .errors import ClosedError, NonFiniteScoreError, OverloadedError
 from .packing import Pack, build_pack, merge_duplicates, plan_packs
 from .tokenization import EncodedGroup
 
-Progress = Callable[[int], None]
+Progress = Callable[[int], object]
 """Called from the owner thread after each pack with the number of distinct documents in it."""
 
 
@@ -145,9 +145,7 @@ class Engine:
             tokens += len(pack.token_ids)
             if request.progress is not None:
                 request.progress(stop)
-        aligned = [
-            np.array([log_odds[g][d] for g, d in row], np.float32) for row in places
-        ]
+        aligned = [np.array([log_odds[g][d] for g, d in row], np.float32) for row in places]
         _refuse_non_finite(aligned)
         return Scores(aligned, tokens)
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 from .errors import InputError
+from .prompt import TEMPLATES, PromptTemplate
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -132,6 +133,18 @@ def dtype(value: Any) -> str | None:
             "default of checkpoint and device."
         )
     return name
+
+
+def template(value: Any) -> PromptTemplate | None:
+    """Return a template from itself or its id."""
+    if value is None or isinstance(value, PromptTemplate):
+        return value
+    if value not in TEMPLATES:
+        raise InputError(
+            f"template must be one of {', '.join(TEMPLATES)}, a PromptTemplate or None, got "
+            f"{value!r}. Use None to take what the checkpoint was trained with."
+        )
+    return TEMPLATES[value]
 
 
 def path(name: str, value: Any) -> str:

@@ -114,9 +114,7 @@ def parse_rows(path: str, parse: Callable[[dict[str, Any], int], Parsed]) -> lis
     if faults:
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
         more = [f"  ... and {len(faults) - 20} more"] if len(faults) > 20 else []
-        raise DataError(
-            "\n".join([f"{path} has {count}; nothing was done:", *faults[:20], *more])
-        )
+        raise DataError("\n".join([f"{path} has {count}; nothing was done:", *faults[:20], *more]))
     if not parsed:
         raise DataError(f"{path} has no rows. Pass a file with one JSON object per line.")
     return parsed

@@ -69,7 +69,7 @@ def load_model(
     *,
     dtype: str | None = None,
     device: str | None = None,
-    template: str | PromptTemplate | None = None,
+    template: PromptTemplate | None = None,
     adapter: str | None = None,
     revision: str | None = None,
     max_batch_tokens: int | None = None,
@@ -80,7 +80,7 @@ def load_model(
         model: Hub name, folder, or path of a GGUF file.
         dtype: "float32", "bfloat16", "float16", or None for the default of the device.
         device: A torch device, or None for CUDA where available, else CPU.
-        template: Id of a template, a template, or None to resolve it.
+        template: The prompt, or None to take the adapter's or what the tokenizer can express.
         adapter: Folder or Hub name of LoRA weights, merged in float32.
         revision: Revision of a Hub model.
         max_batch_tokens: Token budget of a pack, or None to take it from device and memory.
@@ -88,10 +88,10 @@ def load_model(
     Raises:
         ModelLoadError: If anything about the checkpoint is missing, unsupported or inconsistent.
     """
+    torch_device = _choose_device(device)
     folder, gguf_file = locate(model, revision)
     config = read_config(folder, gguf_file)
     _refuse_unsupported(config, model)
-    torch_device = _choose_device(device)
     serving_dtype, dtype_reason = _choose_dtype(dtype, torch_device, config)
     adapter_folder = None if adapter is None else locate(adapter, None)[0]
     chosen_template = _choose_template(template, adapter_folder)
@@ -268,8 +268,10 @@ def read_weights(
         ModelLoadError: If a file is broken or a tensor is missing.
     """
     is_causal = config.architectures[0].endswith("ForCausalLM")
-    auto = transformers.AutoModelForCausalLM if is_causal else (
-        transformers.AutoModelForSequenceClassification
+    auto: Any = (
+        transformers.AutoModelForCausalLM
+        if is_causal
+        else (transformers.AutoModelForSequenceClassification)
     )
     extra: dict[str, Any] = {"use_safetensors": True}
     if gguf_file is not None:
@@ -349,9 +351,7 @@ def _choose_device(device: str | None) -> torch.device:
     return chosen
 
 
-def _choose_dtype(
-    dtype: str | None, device: torch.device, config: Any
-) -> tuple[torch.dtype, str]:
+def _choose_dtype(dtype: str | None, device: torch.device, config: Any) -> tuple[torch.dtype, str]:
     if dtype is not None:
         return DTYPES[dtype], "asked for"
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
@@ -369,16 +369,16 @@ def cpu_has_bfloat16() -> bool:
 
 
 def _choose_template(
-    template: str | PromptTemplate | None, adapter_folder: Path | None
+    asked: PromptTemplate | None, adapter_folder: Path | None
 ) -> PromptTemplate | None:
     """Return the template asked for or recorded by the adapter; None leaves it to the tokenizer."""
-    asked = _named_template(template) if isinstance(template, str) else template
     if adapter_folder is None:
         return asked
     record_file = adapter_folder / ADAPTER_RECORD
     if not record_file.is_file():
         logger.warning(
-            "Adapter '%s' has no %s, so its prompt cannot be checked.", adapter_folder,
+            "Adapter '%s' has no %s, so its prompt cannot be checked.",
+            adapter_folder,
             ADAPTER_RECORD,
         )
         return asked
@@ -390,23 +390,15 @@ def _choose_template(
             f"'{record_file}' has no template id and hash. Train the adapter again, or delete the "
             "file to load it unchecked."
         ) from error
-    recorded = asked or _named_template(recorded_id)
-    if (recorded.id, recorded.hash) != (recorded_id, recorded_hash):
+    known = asked or TEMPLATES.get(recorded_id)
+    if known is None or (known.id, known.hash) != (recorded_id, recorded_hash):
+        here = f"{known.id!r} ({known.hash[:12]})" if known else "unknown"
         raise ModelLoadError(
             f"adapter '{adapter_folder}' was trained with template {recorded_id!r} "
-            f"({recorded_hash[:12]}), but the prompt here is {recorded.id!r} "
-            f"({recorded.hash[:12]}), which would change its scores. Pass template=None and the "
-            "version of this package that trained it."
+            f"({recorded_hash[:12]}), but the prompt here is {here}, which would change its "
+            "scores. Pass template=None, or the PromptTemplate that trained it."
         )
-    return recorded
-
-
-def _named_template(id: str) -> PromptTemplate:
-    if id not in TEMPLATES:
-        raise ModelLoadError(
-            f"template {id!r} is unknown. Pass one of {', '.join(TEMPLATES)} or a PromptTemplate."
-        )
-    return TEMPLATES[id]
+    return known
 
 
 def _read_json(file: Path) -> dict[str, Any]:

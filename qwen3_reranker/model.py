@@ -5,6 +5,8 @@ Decides how a pack becomes log-odds. Knows nothing of files, text or callers.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -26,6 +28,8 @@ class YesNoCrossEncoder(torch.nn.Module):
         head: `W[yes] - W[no]` in float32, shape (hidden,).
     """
 
+    decoder: Any  # no type in transformers says what its decoders have in common
+
     def __init__(self, decoder: torch.nn.Module, head: torch.Tensor) -> None:
         super().__init__()
         self.decoder = decoder
@@ -35,8 +39,8 @@ class YesNoCrossEncoder(torch.nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the packs go."""
-        weight: torch.Tensor = self.decoder.embed_tokens.weight
-        return weight.device
+        device: torch.device = self.decoder.embed_tokens.weight.device
+        return device
 
     def forward(self, pack: Pack) -> torch.Tensor:
         """Return the log-odds of each document of a pack.
@@ -78,5 +82,7 @@ class YesNoCrossEncoder(torch.nn.Module):
                 use_cache=False,
                 pack=pack,
             )  # (1, tokens, hidden)
-        last = self.decoder.norm(hidden[0, last_tokens].float())  # (documents, hidden)
+        last: torch.Tensor = self.decoder.norm(
+            hidden[0, last_tokens].float()
+        )  # (documents, hidden)
         return last @ self.head.to(last.device)

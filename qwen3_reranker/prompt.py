@@ -64,12 +64,12 @@ class PromptTemplate:
         """Return the text that all documents of one query share, after the prefix.
 
         Example:
-            >>> TEMPLATES["qwen3-reranker"].head("Find code", "sort a list")
-            '<Instruct>: Find code\\n<Query>: sort a list\\n<Document>:'
+            >>> print(TEMPLATES["qwen3-reranker"].head("Find code", "sort a list"))
+            <Instruct>: Find code
+            <Query>: sort a list
+            <Document>:
         """
-        return (
-            self.instruction_label + instruction + self.query_label + query + self.document_label
-        )
+        return self.instruction_label + instruction + self.query_label + query + self.document_label
 
     def render(self, instruction: str, query: str, document: str) -> str:
         """Return the whole prompt as one string, to look at or to send to another engine."""

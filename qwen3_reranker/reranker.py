@@ -90,7 +90,7 @@ class Reranker:
             model=self._model,
             dtype=inputs.dtype(dtype),
             device=None if device is None else str(device),
-            template=template,
+            template=inputs.template(template),
             adapter=None if adapter is None else inputs.path("adapter", adapter),
             revision=revision,
             max_batch_tokens=max_batch_tokens,
@@ -303,7 +303,7 @@ class Reranker:
             for instruction, query, documents in zip(
                 job.instructions, job.queries, job.documents, strict=True
             )
-            ]
+        ]
         return encoded, engine
 
     def _count(self, job: _Job, encoded: list[EncodedGroup], scores: Scores) -> _Scored:

@@ -6,6 +6,7 @@ nothing of the package under test.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,9 @@ class Official:
         self.is_causal = is_causal
         self.model: Any = auto.from_pretrained(folder, dtype=dtype).eval()
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self.literal = Tokenizer.from_str(self.tokenizer.to_str())
+        state = json.loads(self.tokenizer.to_str())
+        self.literal = Tokenizer.from_str(json.dumps({**state, "added_tokens": []}))
+        self.control_tokens = [token["content"] for token in state["added_tokens"]]
         self.prefix_ids = self.ids(PREFIX)
         self.suffix_ids = self.ids(suffix)
         self.yes = self.tokenizer.token_to_id("yes")
@@ -49,6 +52,10 @@ class Official:
         self, query: str, document: str, *, instruction: str = INSTRUCTION, max_length: int = 8192
     ) -> list[int]:
         body = self.ids(format_body(instruction, query, document))
+        if any(token in query + document for token in self.control_tokens):
+            # The official script would obey such text; the contract is to read it as text.
+            text = format_body(instruction, query, document)
+            body = list(self.literal.encode(text, add_special_tokens=False).ids)
         room = max_length - len(self.prefix_ids) - len(self.suffix_ids)
         return self.prefix_ids + body[:room] + self.suffix_ids
 
@@ -56,7 +63,8 @@ class Official:
     def log_odds_of_ids(self, ids: list[int]) -> float:
         if not self.is_causal:
             return self.model(input_ids=torch.tensor([ids])).logits[0, 0].float().item()
-        logits = self.model(input_ids=torch.tensor([ids])).logits[0, -1].float()
+        # The last position's logits only: the same numbers, without 151,669 per token.
+        logits = self.model(input_ids=torch.tensor([ids]), logits_to_keep=1).logits[0, -1].float()
         return (logits[self.yes] - logits[self.no]).item()
 
     def log_odds(self, query: str, document: str, **settings: Any) -> float:

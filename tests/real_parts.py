@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import importlib.metadata
+import itertools
 import json
 import os
 import shutil
@@ -218,7 +219,7 @@ def _last_pair(ranks: dict[bytes, int], token: bytes) -> list[bytes]:
     parts = [token[i : i + 1] for i in range(len(token))]
     limit = ranks[token]
     while len(parts) > 2:
-        pairs = [ranks.get(a + b, limit) for a, b in zip(parts, parts[1:], strict=False)]
+        pairs = [ranks.get(a + b, limit) for a, b in itertools.pairwise(parts)]
         best = min(range(len(pairs)), key=pairs.__getitem__)
         parts[best : best + 2] = [parts[best] + parts[best + 1]]
     return parts

@@ -1,0 +1,93 @@
+"""Stand-ins for a model: deterministic, and small enough to work out by hand.
+
+The tokenizer, packing and engine beside them are the real ones.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from qwen3_reranker.engine import Engine
+from qwen3_reranker.packing import Pack
+from qwen3_reranker.runtime import Runtime
+from qwen3_reranker.tokenization import PromptTokenizer
+from tests import real_parts
+
+
+@cache
+def qwen3_tokenizer() -> PromptTokenizer:
+    """Return the real Qwen3 tokenizer, built once per process."""
+    return PromptTokenizer(real_parts.qwen3_tokenizer_file().read_text(encoding="utf-8"))
+
+
+class FakeNetwork:
+    """Log-odds are the number of distinct tokens a document shares with its head, less 1.5."""
+
+    def __init__(self) -> None:
+        self.packs: list[Pack] = []
+
+    def score(self, pack: Pack) -> NDArray[np.float32]:
+        """Return the log-odds of a pack and remember it."""
+        self.packs.append(pack)
+        num_suffix = len(qwen3_tokenizer().suffix)
+        log_odds = []
+        for span in pack.spans:
+            head = set(pack.token_ids[span.head].tolist())
+            for document in span.documents:
+                body = set(pack.token_ids[document][:-num_suffix].tolist())
+                log_odds.append(len(body & head) - 1.5)
+        return np.array(log_odds, np.float32)
+
+    @property
+    def heads(self) -> list[list[int]]:
+        """Token ids of the heads seen, in order."""
+        return [pack.token_ids[span.head].tolist() for pack in self.packs for span in pack.spans]
+
+
+@dataclass(slots=True, weakref_slot=True)
+class FakeModel:
+    """Has what the facade and the runtime read of a `LoadedModel`."""
+
+    network: Any = field(default_factory=FakeNetwork)
+    tokenizer: PromptTokenizer = field(default_factory=qwen3_tokenizer)
+    max_positions: int = 40960
+    max_batch_tokens: int = 2048
+    max_attention_tokens: int | None = None
+    backend: str = "documents"
+    choices: dict[str, str] = field(default_factory=dict)
+
+
+@contextmanager
+def loaded(monkeypatch: pytest.MonkeyPatch, model: FakeModel) -> Iterator[Engine]:
+    """Make every runtime return this model and one engine, which is yielded."""
+    engine = Engine(
+        model.network.score,
+        backend=model.backend,
+        max_batch_tokens=model.max_batch_tokens,
+        max_attention_tokens=model.max_attention_tokens,
+    )
+    monkeypatch.setattr(Runtime, "load", lambda self: (model, engine))
+    yield engine
+    engine.close()
+
+
+def replace_load_model(monkeypatch: pytest.MonkeyPatch, load: Callable[..., Any]) -> None:
+    """Make the real `Runtime.load` call this function; torch is not imported then."""
+    module = ModuleType("qwen3_reranker.loading")
+    module.load_model = load  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "qwen3_reranker.loading", module)
+
+
+def forbid_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail the test if a model is asked for."""
+    monkeypatch.setattr(Runtime, "load", lambda self: pytest.fail("a model was asked for"))

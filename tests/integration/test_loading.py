@@ -1,0 +1,317 @@
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qwen3_reranker import InputError, ModelLoadError, NonFiniteScoreError, Reranker
+from qwen3_reranker.loading import ADAPTER_RECORD, load_model
+from qwen3_reranker.prompt import TEMPLATES
+from tests import official, real_parts
+from tests.invariants import check_ranking
+
+DOCUMENTS = ["Paris is the capital of France.", "", "I like tea.", "北京是中国的首都。"]
+
+
+@pytest.fixture
+def copy(checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """Return a function that copies a checkpoint and changes its config.json."""
+
+    def make(config: dict[str, Any] | None = None, **settings: Any) -> Path:
+        folder = tmp_path / "checkpoint"
+        shutil.copytree(checkpoint(**settings), folder)
+        file = folder / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **(config or {})}))
+        return folder
+
+    return make
+
+
+def log_odds(folder: Path | str, **settings: Any) -> list[float]:
+    with Reranker(str(folder), **settings) as reranker:
+        results = reranker.rank("capital", DOCUMENTS)
+    check_ranking(results, DOCUMENTS)
+    return [r.log_odds for r in sorted(results, key=lambda r: r.index)]
+
+
+def test_gguf_file_scores_like_its_converted_folder(smollm2: Path) -> None:
+    assert log_odds(real_parts.smollm2_gguf()) == pytest.approx(log_odds(smollm2), abs=5e-5)
+
+
+def test_chat_template_in_the_folder_is_ignored(copy: Callable[..., Path]) -> None:
+    folder = copy()
+    expected = log_odds(folder)
+    (folder / "chat_template.jinja").write_text("{{ 'something else' }}")
+    assert log_odds(folder) == expected
+
+
+def test_published_eval_template_scores_its_own_prompt(checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint()
+    template = TEMPLATES["published-eval"]
+    oracle = official.Official(folder, dtype=torch.float32)
+    prompts = [template.render(template.default_instruction, "capital", d) for d in DOCUMENTS]
+    expected = [oracle.log_odds_of_ids(oracle.ids(prompt)) for prompt in prompts]
+    assert log_odds(folder, template="published-eval") == pytest.approx(expected, abs=5e-5)
+    assert log_odds(folder) != pytest.approx(expected, abs=1e-3)
+
+
+def test_default_dtype_on_cpu_is_float32_without_native_bfloat16(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = str(checkpoint(dtype="bfloat16"))
+    monkeypatch.setattr("qwen3_reranker.loading.cpu_has_bfloat16", lambda: False)
+    assert load_model(folder, device="cpu").network.decoder.dtype is torch.float32
+    monkeypatch.setattr("qwen3_reranker.loading.cpu_has_bfloat16", lambda: True)
+    assert load_model(folder, device="cpu").network.decoder.dtype is torch.bfloat16
+
+
+def test_head_row_stays_float32_in_half_precision(checkpoint: Callable[..., Path]) -> None:
+    folder = str(checkpoint())
+    exact = load_model(folder, dtype="float32").network.head
+    half = load_model(folder, dtype="bfloat16").network
+    assert half.decoder.dtype is torch.bfloat16
+    assert torch.equal(half.head, exact)
+
+
+def test_untied_head_comes_from_the_output_layer(checkpoint: Callable[..., Path]) -> None:
+    loaded = load_model(str(checkpoint(tied=False)), dtype="float32")
+    embedding = loaded.network.decoder.embed_tokens.weight
+    tied_row = embedding[loaded.tokenizer.yes_id] - embedding[loaded.tokenizer.no_id]
+    assert not torch.allclose(loaded.network.head, tied_row)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}, "gemma3_text"),
+        ({"model_type": "no_such_model"}, "cannot be read"),
+        ({"architectures": ["Qwen3ForTokenClassification"]}, "no yes/no head"),
+        (
+            {
+                "architectures": ["Qwen3ForSequenceClassification"],
+                "id2label": {str(i): str(i) for i in range(3)},
+            },
+            "3 labels",
+        ),
+        (
+            {"layer_types": ["full_attention"] * 3 + ["sliding_attention"], "sliding_window": 64,
+             "use_sliding_window": True},
+            "sliding_attention",
+        ),
+        ({"attn_logit_softcapping": 30.0}, "soft-capped"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e6, "factor": 2.0}},
+            "'dynamic'",
+        ),
+        ({"auto_map": {"AutoModelForCausalLM": "evil.Model"}}, "auto_map"),
+    ],
+)  # fmt: skip
+def test_unsupported_checkpoints_are_refused(
+    copy: Callable[..., Path], config: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(ModelLoadError, match=reason):
+        load_model(str(copy(config)))
+
+
+def test_missing_tensors_are_never_left_at_random(copy: Callable[..., Path]) -> None:
+    # A sequence-classification class on a causal checkpoint: its head would be random.
+    folder = copy({"architectures": ["Qwen3ForSequenceClassification"], "id2label": {"0": "a"}})
+    with pytest.raises(ModelLoadError, match=r"lacks 1 tensors .* score\.weight"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.5, 0.999])
+def test_cut_weight_file_is_refused(copy: Callable[..., Path], keep: float) -> None:
+    folder = copy()
+    file = folder / "model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[: int(len(data) * keep)])
+    with pytest.raises(ModelLoadError, match=r"weights in .* cannot be read"):
+        load_model(str(folder))
+
+
+def test_pickled_weights_are_refused(copy: Callable[..., Path]) -> None:
+    folder = copy()
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(ModelLoadError, match=r"weights in .* cannot be read"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("missing", "reason"), [("config.json", "no config.json"), ("tokenizer.json", "no tokenizer")]
+)
+def test_missing_files_are_named(copy: Callable[..., Path], missing: str, reason: str) -> None:
+    folder = copy()
+    (folder / missing).unlink()
+    with pytest.raises(ModelLoadError, match=reason):
+        load_model(str(folder))
+
+
+def test_names_that_are_nothing_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match="not a Hub name"):
+        load_model(str(tmp_path / "not" / "there"))
+    file = tmp_path / "weights.bin"
+    file.touch()
+    with pytest.raises(ModelLoadError, match=r"only \.gguf files"):
+        load_model(str(file))
+    with pytest.raises(ModelLoadError, match="device 'nope'"):
+        load_model(str(real_parts.smollm2_gguf()), device="nope")
+
+
+def test_hub_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelLoadError, match="could not be fetched from the Hub"):
+        load_model("Qwen/not-in-the-cache")
+
+
+def test_self_test_refuses_a_decoder_that_does_not_pack(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qwen3_reranker import attention
+
+    monkeypatch.setitem(attention.BACKENDS, "documents", _blind)
+    with pytest.raises(ModelLoadError, match="packed scores differ from plain ones"):
+        load_model(str(checkpoint()), dtype="float32")
+
+
+def _blind(query: Any, key: Any, value: Any, span: Any, scaling: float) -> torch.Tensor:
+    """Attend to nothing but the token itself."""
+    row = slice(span.head.start, span.documents[-1].stop)
+    repeat = query.shape[1] // value.shape[1]
+    result: torch.Tensor = value[:, :, row].repeat_interleave(repeat, dim=1)
+    return result
+
+
+def test_max_length_beyond_the_model_is_refused(checkpoint: Callable[..., Path]) -> None:
+    folder = str(checkpoint(max_position_embeddings=512))
+    with (
+        Reranker(folder, max_length=9000) as reranker,
+        pytest.raises(InputError, match="at most 512 for this model, got 9000"),
+    ):
+        reranker.rank("q", ["d"])
+    with Reranker(folder) as reranker:
+        (result,) = reranker.rank("q", ["water " * 1000])
+    assert result.truncated, "the default adapts to the model"
+
+
+def test_nan_from_the_model_names_the_document(checkpoint: Callable[..., Path]) -> None:
+    with Reranker(str(checkpoint()), dtype="float32") as reranker:
+        bad = reranker.loaded.tokenizer.encode_group(None, "q", ["tea"], max_length=512)
+        token = int(bad.documents[0][0])
+        weight = reranker.loaded.network.decoder.embed_tokens.weight
+        with torch.no_grad():
+            weight[token] = torch.nan
+        with pytest.raises(NonFiniteScoreError, match=r"1 documents, the first is documents\[1\]"):
+            reranker.rank("q", ["water", " tea"[1:], "light"])
+        check_ranking(reranker.rank("q", ["water", "light"]), ["water", "light"])
+
+
+@pytest.fixture
+def adapter(checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
+    """Write a LoRA adapter with random weights for the tiny checkpoint."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(checkpoint(), dtype=torch.float32)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    tuned = get_peft_model(base, config)
+    for name, weight in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    folder = tmp_path / "adapter"
+    tuned.save_pretrained(folder)
+    return folder
+
+
+def test_adapter_is_merged_and_equals_the_live_one(
+    checkpoint: Callable[..., Path], adapter: Path
+) -> None:
+    from peft import PeftModel
+
+    oracle = official.Official(checkpoint(), dtype=torch.float32)
+    plain = [oracle.log_odds("capital", d) for d in DOCUMENTS]
+    oracle.model = PeftModel.from_pretrained(oracle.model, adapter).eval()
+    tuned = [oracle.log_odds("capital", d) for d in DOCUMENTS]
+    assert tuned != pytest.approx(plain, abs=1e-2), "the adapter must change something"
+    ours = log_odds(checkpoint(), adapter=str(adapter), dtype="float32")
+    assert ours == pytest.approx(tuned, abs=5e-5)
+
+
+def test_adapter_without_a_record_warns(
+    checkpoint: Callable[..., Path], adapter: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        load_model(str(checkpoint()), adapter=str(adapter))
+    assert ADAPTER_RECORD in caplog.text
+
+
+def record(adapter: Path, content: Any) -> None:
+    (adapter / ADAPTER_RECORD).write_text(json.dumps(content))
+
+
+def test_recorded_template_is_used(checkpoint: Callable[..., Path], adapter: Path) -> None:
+    template = TEMPLATES["published-eval"]
+    record(adapter, {"template": {"id": template.id, "hash": template.hash}})
+    loaded = load_model(str(checkpoint()), adapter=str(adapter))
+    assert loaded.tokenizer.template is template
+
+
+@pytest.mark.parametrize(
+    ("content", "template", "reason"),
+    [
+        ({"template": {"id": "qwen3-reranker", "hash": "0"}}, None, "trained with template"),
+        (
+            {"template": {"id": "chatml", "hash": TEMPLATES["chatml"].hash}},
+            "qwen3-reranker",
+            "'chatml'.*but the prompt here is 'qwen3-reranker'",
+        ),
+        ({"template": {"id": "gone", "hash": "0"}}, None, "template 'gone'.*is unknown"),
+        ({}, None, "no template id and hash"),
+        ([], None, "no template id and hash"),
+    ],
+)
+def test_adapter_refuses_another_prompt(
+    checkpoint: Callable[..., Path],
+    adapter: Path,
+    content: Any,
+    template: str | None,
+    reason: str,
+) -> None:
+    record(adapter, content)
+    with pytest.raises(ModelLoadError, match=reason):
+        load_model(
+            str(checkpoint()), adapter=str(adapter), template=template and TEMPLATES[template]
+        )
+
+
+def test_adapter_of_another_base_or_without_weights_is_refused(
+    checkpoint: Callable[..., Path], adapter: Path
+) -> None:
+    other = checkpoint(hidden_size=32)
+    with pytest.raises(ModelLoadError, match="does not fit the base model"):
+        load_model(str(other), adapter=str(adapter))
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(ModelLoadError, match=r"no adapter_model\.safetensors"):
+        load_model(str(checkpoint()), adapter=str(adapter))
+
+
+def test_loading_and_scoring_leave_global_settings_alone(checkpoint: Callable[..., Path]) -> None:
+    def settings() -> tuple[Any, ...]:
+        return (
+            torch.get_num_threads(),
+            torch.get_default_dtype(),
+            torch.is_grad_enabled(),
+            torch.initial_seed(),
+        )
+
+    before = settings()
+    log_odds(checkpoint())
+    assert settings() == before

@@ -1,0 +1,69 @@
+"""What the README shows runs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qwen3_reranker.cli import main
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MODEL = "Qwen/Qwen3-Reranker-0.6B"
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+COMMANDS = re.findall(r"^(qwen3-reranker .*?)(?:  +#.*)?$", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_python_block_runs(block: str, checkpoint: Callable[..., Path]) -> None:
+    # The published weights are replaced by a tiny model of the same architecture.
+    assert MODEL in block
+    code = block.replace(MODEL, str(checkpoint()))
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_runs(
+    command: str,
+    checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import gzip
+    import lzma
+    import shlex
+
+    monkeypatch.chdir(tmp_path)
+    with gzip.open("passages.jsonl.gz", "wt") as file:
+        file.write('{"text": "tea"}\n{"text": "Beijing"}\n')
+    with lzma.open("retrieved.jsonl.xz", "wt") as file:
+        file.write(
+            '{"query": "q", "candidates": [{"text": "a", "label": 1}, {"text": "b", "label": 0}]}\n'
+        )
+    arguments = shlex.split(command.replace(MODEL, str(checkpoint())))[1:]
+    if "doctor" not in arguments:
+        arguments += ["--model", str(checkpoint())]
+    assert main(arguments) == 0
+
+
+def test_readme_shows_what_this_file_runs() -> None:
+    assert len(BLOCKS) == 3
+    assert len(COMMANDS) == 4
+
+
+def test_make_targets_and_files_named_in_the_readme_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)$", README, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for name in re.findall(r"\b(\w+\.py)\b", README):
+        assert list(ROOT.glob(f"qwen3_reranker/{name}")) or list(ROOT.glob(f"benchmarks/{name}"))
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", README):
+        assert (ROOT / link).exists(), link

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from qwen3_reranker.attention import BACKENDS, packed_attention
+from qwen3_reranker.packing import Group, Pack, Seat, build_pack
+
+HEADS, KEY_HEADS, SIZE = 4, 2, 16
+SHAPES = [
+    [(5, [3])],
+    [(5, [3, 9, 1])],
+    [(1, [1, 1])],
+    [(7, [20, 4]), (3, [8]), (12, [2, 2, 30])],
+    [(40, [5, 5, 5, 5])],
+    [(20, [700, 600, 30])],  # long enough for the maskless path
+]
+
+
+def pack_of(shape: list[tuple[int, list[int]]], backend: str) -> Pack:
+    groups = [
+        Group(np.zeros(head, np.int32), [np.zeros(n, np.int32) for n in lengths])
+        for head, lengths in shape
+    ]
+    seats = [Seat(g, tuple(range(len(lengths)))) for g, (_, lengths) in enumerate(shape)]
+    return build_pack(groups, seats, backend=backend)
+
+
+def tensors(pack: Pack, *, requires_grad: bool = False) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(1, heads, len(pack.token_ids), SIZE, generator=generator).requires_grad_(
+            requires_grad
+        )
+        for heads in (HEADS, KEY_HEADS, KEY_HEADS)
+    ]
+
+
+def attend(pack: Pack, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    output, weights = packed_attention(
+        torch.nn.Module(), query, key, value, None, scaling=SIZE**-0.5, pack=pack
+    )
+    assert weights is None
+    return output
+
+
+def by_definition(
+    pack: Pack, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> torch.Tensor:
+    """Softmax over the tokens each token may see, written out."""
+    num = len(pack.token_ids)
+    sees = torch.zeros(num, num, dtype=torch.bool)
+    for span in pack.spans:
+        for part in (span.head, *span.documents):
+            for row in range(part.start, part.stop):
+                sees[row, span.head] = True
+                sees[row, part] = True
+                sees[row, row + 1 : part.stop] = False
+    key, value = (t.repeat_interleave(HEADS // KEY_HEADS, dim=1) for t in (key, value))
+    scores = (query @ key.transpose(2, 3) / math.sqrt(SIZE)).masked_fill(~sees, -torch.inf)
+    return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_backends_equal_the_definition(backend: str, shape: list[tuple[int, list[int]]]) -> None:
+    pack = pack_of(shape, backend)
+    query, key, value = tensors(pack)
+    expected = by_definition(pack, query, key, value)
+    torch.testing.assert_close(attend(pack, query, key, value), expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_document_never_sees_its_neighbour(backend: str) -> None:
+    pack = pack_of([(5, [4, 6])], backend)
+    query, key, value = tensors(pack)
+    before = attend(pack, query, key, value)
+    first, second = pack.spans[0].documents
+    key[:, :, first] += 10
+    value[:, :, first] += 10
+    after = attend(pack, query, key, value)
+    assert torch.equal(before[:, second], after[:, second])
+    assert not torch.allclose(before[:, first], after[:, first]), "the change itself must show"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", SHAPES[:4])
+def test_gradients_equal_the_definitions(backend: str, shape: list[tuple[int, list[int]]]) -> None:
+    pack = pack_of(shape, backend)
+    inputs = tensors(pack, requires_grad=True)
+    expected = torch.autograd.grad(by_definition(pack, *inputs).square().sum(), inputs)
+    actual = torch.autograd.grad(attend(pack, *inputs).square().sum(), inputs)
+    for mine, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=1e-4)
+
+
+def test_documents_backend_is_bit_equal_in_any_company() -> None:
+    alone = pack_of([(9, [30, 1])], "documents")
+    together = pack_of([(9, [30, 12, 7, 50])], "documents")
+    query, key, value = tensors(together)
+    row = slice(0, 39)
+    shared = attend(together, query, key, value)[:, row]
+    cut = [t[:, :, : len(alone.token_ids)] for t in (query, key, value)]
+    assert torch.equal(attend(alone, *cut)[:, row], shared)

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwen3_reranker.packing import Group, Seat, build_pack, merge_duplicates, plan_packs
+from qwen3_reranker.tokenization import EncodedGroup, TokenIds
+
+SHAPES = st.lists(
+    st.tuples(st.integers(1, 60), st.lists(st.integers(1, 80), max_size=12)), max_size=6
+)
+
+
+def ids(length: int, first: int = 0) -> TokenIds:
+    return np.arange(first, first + length, dtype=np.int32)
+
+
+def groups(shape: list[tuple[int, list[int]]]) -> list[Group]:
+    return [Group(ids(head), [ids(length) for length in lengths]) for head, lengths in shape]
+
+
+@given(SHAPES, st.integers(1, 200), st.none() | st.integers(1, 400))
+def test_every_document_has_one_seat_within_both_budgets(
+    shape: list[tuple[int, list[int]]], linear: int, attention: int | None
+) -> None:
+    planned = plan_packs(groups(shape), max_batch_tokens=linear, max_attention_tokens=attention)
+    seated = [(seat.group, d) for pack in planned for seat in pack for d in seat.documents]
+    assert sorted(seated) == [(g, d) for g, (_, ls) in enumerate(shape) for d in range(len(ls))]
+    for pack in planned:
+        assert [seat.group for seat in pack] == sorted({seat.group for seat in pack})
+        num_documents = sum(len(seat.documents) for seat in pack)
+        heads = [shape[seat.group][0] for seat in pack]
+        own = [shape[seat.group][1][d] for seat in pack for d in seat.documents]
+        pairs = [shape[s.group][0] + shape[s.group][1][d] for s in pack for d in s.documents]
+        if num_documents > 1:
+            assert sum(heads) + sum(own) <= max(linear, 2 * max(heads))
+            assert attention is None or sum(pairs) <= attention
+
+
+def test_longest_documents_of_a_group_go_first() -> None:
+    planned = plan_packs(groups([(5, [3, 9, 6])]), max_batch_tokens=100)
+    assert planned == [[Seat(0, (1, 2, 0))]]
+
+
+def test_group_that_fits_one_pack_is_not_split() -> None:
+    planned = plan_packs(groups([(10, [30]), (10, [20, 20])]), max_batch_tokens=60)
+    assert planned == [[Seat(0, (0,))], [Seat(1, (0, 1))]]
+
+
+def test_small_groups_share_a_pack() -> None:
+    planned = plan_packs(groups([(5, [5]), (5, [5]), (5, [5])]), max_batch_tokens=30)
+    assert planned == [[Seat(0, (0,)), Seat(1, (0,)), Seat(2, (0,))]]
+
+
+def test_long_query_with_many_short_documents_stays_bounded() -> None:
+    shape = [(4000, [60] * 500)]
+    planned = plan_packs(groups(shape), max_batch_tokens=2048, max_attention_tokens=8192)
+    assert max(sum(4000 + 60 for s in pack for _ in s.documents) for pack in planned) <= 8192
+    shared = plan_packs(groups(shape), max_batch_tokens=2048)
+    tokens = [4000 + 60 * len(pack[0].documents) for pack in shared]
+    assert max(tokens) <= 8000
+    assert sum(tokens) <= 2.1 * (4000 + 60 * 500), "the head is not computed for every document"
+
+
+@given(SHAPES, st.integers(20, 200))
+def test_pack_lays_documents_behind_their_head(
+    shape: list[tuple[int, list[int]]], budget: int
+) -> None:
+    all_groups = groups(shape)
+    for seats in plan_packs(all_groups, max_batch_tokens=budget):
+        pack = build_pack(all_groups, seats, backend="documents")
+        assert len(pack.token_ids) == len(pack.position_ids)
+        expected = 0
+        for seat, span in zip(seats, pack.spans, strict=True):
+            head = all_groups[seat.group].head
+            assert span.head == slice(expected, expected + len(head))
+            assert pack.token_ids[span.head].tolist() == head.tolist()
+            expected = span.head.stop
+            for d, place in zip(seat.documents, span.documents, strict=True):
+                document = all_groups[seat.group].documents[d]
+                assert place == slice(expected, expected + len(document))
+                assert pack.token_ids[place].tolist() == document.tolist()
+                positions = range(len(head), len(head) + len(document))
+                assert pack.position_ids[place].tolist() == list(positions)
+                expected = place.stop
+        assert expected == len(pack.token_ids)
+        ends = [place.stop - 1 for span in pack.spans for place in span.documents]
+        assert pack.last_tokens == ends
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.lists(st.integers(0, 3), max_size=6)), max_size=5))
+def test_merging_keeps_every_document_findable(shape: list[tuple[int, list[int]]]) -> None:
+    encoded = [
+        EncodedGroup(ids(3, head), [ids(2, 10 * d) for d in documents], [False] * 9, 0)
+        for head, documents in shape
+    ]
+    merged, places = merge_duplicates(encoded)
+    for group, row in zip(encoded, places, strict=True):
+        for document, (g, d) in zip(group.documents, row, strict=True):
+            assert merged[g].head.tolist() == group.head.tolist()
+            assert merged[g].documents[d].tolist() == document.tolist()
+    heads = [group.head.tobytes() for group in merged]
+    assert len(set(heads)) == len(heads)
+    for group in merged:
+        assert len({document.tobytes() for document in group.documents}) == len(group.documents)
+
+
+@pytest.mark.parametrize("budget", [1, 10])
+def test_pair_above_the_budget_travels_alone(budget: int) -> None:
+    planned = plan_packs(groups([(5, [50, 60])]), max_batch_tokens=budget)
+    assert planned == [[Seat(0, (1,))], [Seat(0, (0,))]]

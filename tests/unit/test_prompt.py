@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from qwen3_reranker import TEMPLATES
+from tests import official
+
+HASHES = {
+    "qwen3-reranker": "490f5f768280",
+    "published-eval": "ccfbc607d05a",
+    "chatml": "46014d866025",
+}
+
+
+def test_render_equals_the_model_card() -> None:
+    rendered = TEMPLATES["qwen3-reranker"].render(official.INSTRUCTION, "q", "d")
+    assert rendered == official.PREFIX + official.format_body(official.INSTRUCTION, "q", "d") + (
+        official.SUFFIX
+    )
+
+
+def test_default_instruction_is_the_model_cards() -> None:
+    assert TEMPLATES["qwen3-reranker"].default_instruction == official.INSTRUCTION
+
+
+def test_published_eval_has_double_newlines_and_ends_the_turn_twice() -> None:
+    assert TEMPLATES["published-eval"].render("i", "q", "d") == (
+        official.PREFIX
+        + "<Instruct>: i\n\n<Query>: q\n\n<Document>: d"
+        + "<|im_end|>\n"
+        + official.SUFFIX
+    )
+
+
+def test_chatml_has_no_think_block() -> None:
+    rendered = TEMPLATES["chatml"].render("i", "q", "d")
+    assert rendered.endswith("<Document>: d<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("text", ["{d.__class__}", "{0}", "%s", "{{}}", "\\n"])
+def test_user_text_is_never_formatted(text: str) -> None:
+    rendered = TEMPLATES["qwen3-reranker"].render(text, text, text)
+    assert rendered.count(text) == 3
+
+
+@pytest.mark.parametrize("field", ["prefix", "suffix", "query_label", "yes", "default_instruction"])
+def test_hash_changes_with_every_piece_but_not_the_id(field: str) -> None:
+    template = TEMPLATES["qwen3-reranker"]
+    assert dataclasses.replace(template, **{field: "x"}).hash != template.hash
+    assert dataclasses.replace(template, id="x").hash == template.hash
+
+
+def test_hashes_are_the_released_ones() -> None:
+    # Adapters record these: a change here orphans every adapter trained before.
+    assert {id: template.hash[:12] for id, template in TEMPLATES.items()} == HASHES

@@ -1,0 +1,702 @@
+from __future__ import annotations
+
+import asyncio
+import copy
+import gc
+import logging
+import math
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from qwen3_reranker import (
+    ClosedError,
+    InputError,
+    ModelLoadError,
+    RankedDocument,
+    Reranker,
+    Scorer,
+    Usage,
+)
+from qwen3_reranker.engine import Engine
+from qwen3_reranker.packing import Pack
+from tests import fakes
+from tests.invariants import check_ranking
+
+QUERY = "red apple"
+# Words shared with the query: 0, 2, 1, 0, 1.
+FRUIT = ["green pear", "red apple", "red pear", "blue plum", "green apple"]
+ORDER = [1, 2, 4, 0, 3]
+HIGH, LOW = "\ud83d", "\ude00"  # halves of one emoji
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> Iterator[fakes.FakeModel]:
+    model = fakes.FakeModel()
+    with fakes.loaded(monkeypatch, model):
+        yield model
+
+
+@pytest.fixture
+def reranker(model: fakes.FakeModel) -> Reranker:
+    return Reranker("model")
+
+
+def owners() -> set[threading.Thread]:
+    """Return the threads of engines."""
+    return {thread for thread in threading.enumerate() if thread.name == "qwen3-reranker"}
+
+
+def sigmoid(log_odds: float) -> float:
+    return 1 / (1 + math.exp(-log_odds))
+
+
+def num_tokens(query: str, documents: list[str]) -> int:
+    """Return the tokens of one head and of every document given."""
+    group = fakes.qwen3_tokenizer().encode_group(None, query, documents, max_length=8192)
+    return len(group.head) + sum(map(len, group.documents))
+
+
+def head_ids(instruction: str | None, query: str) -> list[int]:
+    group = fakes.qwen3_tokenizer().encode_group(instruction, query, [], max_length=8192)
+    return [int(id) for id in group.head]
+
+
+def indices(ranking: list[RankedDocument]) -> list[int]:
+    return [result.index for result in ranking]
+
+
+def test_rank_puts_most_relevant_first(reranker: Reranker) -> None:
+    ranking = reranker.rank(QUERY, FRUIT)
+    check_ranking(ranking, FRUIT)
+    assert indices(ranking) == ORDER
+    assert [result.log_odds for result in ranking] == [0.5, -0.5, -0.5, -1.5, -1.5]
+    assert ranking[0].score == pytest.approx(sigmoid(0.5))
+
+
+def test_rank_equal_scores_keeps_input_order(reranker: Reranker) -> None:
+    documents = [f"green pear {letter}" for letter in "ihgfedcb"]
+    ranking = reranker.rank(QUERY, documents)
+    check_ranking(ranking, documents)
+    assert indices(ranking) == list(range(8))
+
+
+def test_rank_duplicates_score_alike_and_are_computed_once(reranker: Reranker) -> None:
+    documents = ["red pear", "plum", "red pear", "red pear", "plum"]
+    ranking = reranker.rank(QUERY, documents)
+    check_ranking(ranking, documents)
+    assert indices(ranking) == [0, 2, 3, 1, 4]
+    assert reranker.usage.tokens == num_tokens(QUERY, ["red pear", "plum"])
+    assert reranker.usage.documents == 5
+
+
+def test_rank_over_many_packs_equals_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    colours, fruits = ["red", "green", "blue"], ["apple", "pear", "plum", ""]
+    documents = [f"{c} {f} {n}" for n in range(20) for c in colours for f in fruits]
+    model = fakes.FakeModel(max_batch_tokens=200)
+    with fakes.loaded(monkeypatch, model):
+        reranker = Reranker("model")
+        ranking = reranker.rank(QUERY, documents)
+        assert len(model.network.packs) > 5
+        check_ranking(ranking, documents)
+        for result in ranking[::17]:
+            assert reranker.score(QUERY, [result.document]) == [result.score]
+
+
+def test_rank_many_documents_is_a_permutation(reranker: Reranker) -> None:
+    documents = [f"{'red ' * (i % 3)}{i}" for i in range(1000)]
+    check_ranking(reranker.rank(QUERY, documents), documents)
+
+
+@pytest.mark.parametrize("top_n", [1, 2, 5, 6, 1000])
+def test_rank_top_n_keeps_the_first(reranker: Reranker, top_n: int) -> None:
+    ranking = reranker.rank(QUERY, FRUIT, top_n=top_n)
+    check_ranking(ranking, FRUIT, top_n=top_n)
+    assert indices(ranking) == ORDER[:top_n]
+
+
+# Scores are 0.62, 0.38 twice and 0.18 twice.
+@pytest.mark.parametrize(("threshold", "num_kept"), [(0, 5), (0.3, 3), (0.5, 1), (0.9, 0), (1, 0)])
+def test_rank_threshold_keeps_the_scores_above(
+    reranker: Reranker, threshold: float, num_kept: int
+) -> None:
+    ranking = reranker.rank(QUERY, FRUIT, score_threshold=threshold)
+    check_ranking(ranking, FRUIT, score_threshold=threshold)
+    assert indices(ranking) == ORDER[:num_kept]
+
+
+def test_rank_threshold_keeps_a_score_equal_to_it(reranker: Reranker) -> None:
+    threshold = reranker.rank(QUERY, FRUIT)[1].score
+    ranking = reranker.rank(QUERY, FRUIT, score_threshold=threshold)
+    check_ranking(ranking, FRUIT, score_threshold=threshold)
+    assert indices(ranking) == ORDER[:3]
+
+
+@pytest.mark.parametrize(("top_n", "num_kept"), [(2, 2), (4, 3)])
+def test_rank_applies_threshold_before_top_n(reranker: Reranker, top_n: int, num_kept: int) -> None:
+    ranking = reranker.rank(QUERY, FRUIT, score_threshold=0.3, top_n=top_n)
+    check_ranking(ranking, FRUIT, score_threshold=0.3, top_n=top_n)
+    assert indices(ranking) == ORDER[:num_kept]
+
+
+def test_rank_returns_the_callers_str_subclass_objects(reranker: Reranker) -> None:
+    class Text(str):
+        __slots__ = ("source",)
+
+    documents = [Text(text) for text in FRUIT]
+    ranking = reranker.rank(Text(QUERY), documents)
+    check_ranking(ranking, documents)
+    assert all(type(result.document) is Text for result in ranking)
+
+
+def test_rank_accepts_any_iterable_with_an_order(reranker: Reranker) -> None:
+    for documents in (tuple(FRUIT), dict(enumerate(FRUIT)).values(), (text for text in FRUIT)):
+        check_ranking(reranker.rank(QUERY, documents), FRUIT)  # type: ignore[arg-type]
+
+
+def test_rank_scores_blank_documents_like_any_other(reranker: Reranker) -> None:
+    documents = ["", " ", "\n", "red", "\0", "\ufeff"]
+    ranking = reranker.rank(QUERY, documents)
+    check_ranking(ranking, documents)
+    assert indices(ranking)[0] == 3
+
+
+def test_rank_leaves_the_callers_lists_unchanged(reranker: Reranker) -> None:
+    documents = [*FRUIT, f"broken {HIGH}"]
+    queries, lists, instructions = [QUERY, "plum"], [documents, documents], ["Find", None]
+    before = copy.deepcopy((documents, queries, lists, instructions))
+    reranker.rank(QUERY, documents, top_n=2)
+    reranker.rank_many(queries, lists, instruction=instructions)
+    assert (documents, queries, lists, instructions) == before
+    assert lists[0] is documents
+
+
+def test_score_is_aligned_with_the_documents(reranker: Reranker) -> None:
+    scores = reranker.score(QUERY, FRUIT)
+    assert scores == pytest.approx([sigmoid(shared - 1.5) for shared in (0, 2, 1, 0, 1)])
+    assert all(type(score) is float for score in scores)
+
+
+def test_score_pairs_is_aligned_for_interleaved_queries(
+    reranker: Reranker, model: fakes.FakeModel
+) -> None:
+    pairs = [
+        ("red apple", "red apple"),
+        ("blue plum", "red apple"),
+        ("red apple", "blue apple"),
+        ("blue plum", "blue plum"),
+        ("red apple", "blue plum"),
+        ("blue plum", "blue apple"),
+    ]
+    scores = reranker.score_pairs(pairs)
+    assert scores == pytest.approx([sigmoid(shared - 1.5) for shared in (2, 0, 1, 2, 0, 1)])
+    assert scores == [reranker.score(query, [document])[0] for query, document in pairs]
+    assert model.network.heads[:2] == [head_ids(None, "red apple"), head_ids(None, "blue plum")]
+
+
+def test_score_pairs_equal_queries_share_their_head(reranker: Reranker) -> None:
+    reranker.score_pairs([[QUERY, "pear"], [QUERY, "plum"], (QUERY, "pear")])  # type: ignore[list-item]
+    assert reranker.usage == Usage(documents=3, tokens=num_tokens(QUERY, ["pear", "plum"]))
+
+
+def test_rank_many_keeps_the_order_of_queries(reranker: Reranker) -> None:
+    queries = ["red apple", "blue plum", "red apple", "pear"]
+    lists = [FRUIT, FRUIT[::-1], [], ["plum", "pear"]]
+    rankings = reranker.rank_many(queries, lists)
+    for query, documents, ranking in zip(queries, lists, rankings, strict=True):
+        check_ranking(ranking, documents)
+        assert ranking == reranker.rank(query, documents)
+
+
+def test_rank_many_cuts_each_ranking(reranker: Reranker) -> None:
+    rankings = reranker.rank_many([QUERY, "plum"], [FRUIT, FRUIT[:2]], top_n=3, score_threshold=0.3)
+    assert [indices(ranking) for ranking in rankings] == [[1, 2, 4], []]
+
+
+def test_rank_many_takes_an_instruction_per_query(model: fakes.FakeModel) -> None:
+    reranker = Reranker("model", instruction="Default here")
+    queries, instructions = ["a", "b", "c"], ["First", None, ""]
+    rankings = reranker.rank_many(queries, [FRUIT] * 3, instruction=instructions)
+    for ranking in rankings:
+        check_ranking(ranking, FRUIT)
+    assert model.network.heads == [
+        head_ids("First", "a"), head_ids("Default here", "b"), head_ids("", "c")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("of_reranker", "of_call", "used"),
+    [
+        (None, None, None),
+        ("Find code", None, "Find code"),
+        (None, "Find law", "Find law"),
+        ("Find code", "Find law", "Find law"),
+        ("Find code", "", ""),
+        ("", None, ""),
+    ],
+)
+def test_instruction_of_call_precedes_rerankers_precedes_templates(
+    model: fakes.FakeModel, of_reranker: str | None, of_call: str | None, used: str | None
+) -> None:
+    reranker = Reranker("model", instruction=of_reranker)
+    reranker.rank(QUERY, ["a"], instruction=of_call)
+    reranker.score(QUERY, ["a"], instruction=of_call)
+    reranker.score_pairs([(QUERY, "a")], instruction=of_call)
+    reranker.rank_many([QUERY], [["a"]], instruction=of_call)
+    asyncio.run(reranker.arank(QUERY, ["a"], instruction=of_call))
+    asyncio.run(reranker.ascore(QUERY, ["a"], instruction=of_call))
+    assert model.network.heads == [head_ids(used, QUERY)] * 6
+
+
+async def test_arank_returns_what_rank_returns(reranker: Reranker) -> None:
+    ranking = await reranker.arank(QUERY, FRUIT, top_n=4, score_threshold=0.2)
+    check_ranking(ranking, FRUIT, top_n=4, score_threshold=0.2)
+    assert ranking == reranker.rank(QUERY, FRUIT, top_n=4, score_threshold=0.2)
+
+
+async def test_ascore_returns_what_score_returns(reranker: Reranker) -> None:
+    assert await reranker.ascore(QUERY, FRUIT) == reranker.score(QUERY, FRUIT)
+
+
+async def test_arank_many_tasks_each_get_their_own(reranker: Reranker) -> None:
+    lists = [[*FRUIT[i % 5 :], f"red {i}"] for i in range(64)]
+    rankings = await asyncio.gather(*(reranker.arank(QUERY, documents) for documents in lists))
+    for documents, ranking in zip(lists, rankings, strict=True):
+        check_ranking(ranking, documents)
+    assert rankings == [reranker.rank(QUERY, documents) for documents in lists]
+
+
+def test_rank_from_many_threads_each_gets_its_own(reranker: Reranker) -> None:
+    lists = [[*FRUIT[i % 5 :], f"red {i}"] for i in range(200)]
+    with ThreadPoolExecutor(16) as threads:
+        rankings = list(threads.map(lambda documents: reranker.rank(QUERY, documents), lists))
+    for documents, ranking in zip(lists, rankings, strict=True):
+        check_ranking(ranking, documents)
+    assert reranker.usage.documents == sum(map(len, lists))
+    assert rankings == [reranker.rank(QUERY, documents) for documents in lists]
+
+
+@dataclass
+class Network:
+    """A network of one function."""
+
+    score: Callable[[Pack], NDArray[np.float32]]
+
+
+class WaitingNetwork(fakes.FakeNetwork):
+    """Starts a forward and waits until it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started, self.go = threading.Event(), threading.Event()
+
+    def score(self, pack: Any) -> Any:
+        self.started.set()
+        assert self.go.wait(10)
+        return super().score(pack)
+
+
+def count_submits(monkeypatch: pytest.MonkeyPatch, expected: int) -> threading.Event:
+    """Return an event that is set when so many requests have been queued from now on."""
+    queued, submit, futures = threading.Event(), Engine.submit, []
+
+    def counting(engine: Engine, *arguments: Any, **settings: Any) -> Any:
+        futures.append(submit(engine, *arguments, **settings))
+        if len(futures) == expected:
+            queued.set()
+        return futures[-1]
+
+    monkeypatch.setattr(Engine, "submit", counting)
+    return queued
+
+
+async def test_arank_cancelled_calls_are_never_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = WaitingNetwork()
+    with fakes.loaded(monkeypatch, fakes.FakeModel(network)):
+        reranker = Reranker("model")
+        in_flight = asyncio.create_task(reranker.arank(QUERY, FRUIT))
+        assert await asyncio.to_thread(network.started.wait, 10)
+        queued = count_submits(monkeypatch, 12)
+        tasks = [asyncio.create_task(reranker.arank(f"{i}", FRUIT)) for i in range(12)]
+        assert await asyncio.to_thread(queued.wait, 10)
+        for task in tasks[::2]:
+            task.cancel()
+        dropped = await asyncio.gather(*tasks[::2], return_exceptions=True)
+        network.go.set()
+        rankings = await asyncio.gather(in_flight, *tasks[1::2])
+    assert all(isinstance(result, asyncio.CancelledError) for result in dropped)
+    kept = [QUERY, *(f"{i}" for i in range(1, 12, 2))]
+    assert sorted(network.heads) == sorted(head_ids(None, query) for query in kept)
+    for ranking in rankings:
+        check_ranking(ranking, FRUIT)
+    assert reranker.usage.documents == 7 * len(FRUIT)
+
+
+async def test_arank_timeout_leaves_the_reranker_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = WaitingNetwork()
+    with fakes.loaded(monkeypatch, fakes.FakeModel(network)):
+        reranker = Reranker("model")
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(reranker.arank(QUERY, FRUIT), 0.05)
+        network.go.set()
+        check_ranking(await reranker.arank(QUERY, FRUIT), FRUIT)
+        assert reranker.usage.documents == len(FRUIT)
+
+
+async def test_arank_leaves_the_event_loop_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = WaitingNetwork()
+    with fakes.loaded(monkeypatch, fakes.FakeModel(network)):
+        task = asyncio.create_task(Reranker("model").arank(QUERY, FRUIT))
+        while not network.started.is_set():
+            await asyncio.sleep(0.001)
+        network.go.set()  # from the loop, which a blocking call would have stopped
+        check_ranking(await task, FRUIT)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError, KeyboardInterrupt])
+def test_rank_raises_what_the_network_raised_and_works_again(
+    monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    outcomes: list[BaseException | None] = [error("first forward"), None]
+
+    def score(pack: Pack) -> NDArray[np.float32]:
+        if (outcome := outcomes.pop(0)) is not None:
+            raise outcome
+        return np.zeros(len(pack.last_tokens), np.float32)
+
+    with fakes.loaded(monkeypatch, fakes.FakeModel(Network(score))):
+        reranker = Reranker("model")
+        with pytest.raises(error, match="first forward"):
+            reranker.rank(QUERY, FRUIT)
+        assert reranker.usage == Usage()
+        check_ranking(reranker.rank(QUERY, FRUIT), FRUIT)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(800.0, 1.0), (-800.0, 0.0), (0.0, 0.5), (2.0, 0.880797077978), (-20.0, 2.061153618e-09)],
+)
+def test_rank_large_log_odds_do_not_overflow(
+    monkeypatch: pytest.MonkeyPatch, value: float, expected: float
+) -> None:
+    network = Network(lambda pack: np.full(len(pack.last_tokens), value, np.float32))
+    with fakes.loaded(monkeypatch, fakes.FakeModel(network)):
+        (result,) = Reranker("model").rank(QUERY, ["a"])
+    assert result.log_odds == np.float32(value)
+    assert result.score == pytest.approx(expected, rel=1e-9)
+
+
+def test_rank_orders_by_log_odds_where_probabilities_tie(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Network(lambda pack: np.arange(40, 40 + len(pack.last_tokens), dtype=np.float32))
+    documents = ["a", "b", "c"]
+    with fakes.loaded(monkeypatch, fakes.FakeModel(network)):
+        ranking = Reranker("model").rank(QUERY, documents)
+    check_ranking(ranking, documents)
+    assert [result.score for result in ranking] == [1.0] * 3
+    assert [result.log_odds for result in ranking] == [42.0, 41.0, 40.0]
+
+
+def test_truncated_documents_are_flagged_and_counted(model: fakes.FakeModel) -> None:
+    documents = ["short", "red " * 50, "red apple", "word " * 500]
+    reranker = Reranker("model", max_length=num_tokens(QUERY, ["red apple"]) + 10)
+    ranking = reranker.rank(QUERY, documents)
+    check_ranking(ranking, documents)
+    assert {result.index: result.truncated for result in ranking} == {
+        0: False, 1: True, 2: False, 3: True
+    }  # fmt: skip
+    assert reranker.usage.truncated == 2
+    longest = max(s.stop - s.start for p in model.network.packs for s in p.spans[0].documents)
+    assert len(head_ids(None, QUERY)) + longest == num_tokens(QUERY, ["red apple"]) + 10
+
+
+def test_default_max_length_adapts_to_the_models_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    with fakes.loaded(monkeypatch, fakes.FakeModel(max_positions=128)):
+        (result,) = Reranker("model").rank(QUERY, ["word " * 500])
+    assert result.truncated
+
+
+def test_max_length_beyond_the_models_positions_is_refused(reranker: Reranker) -> None:
+    with pytest.raises(InputError, match=r"max_length must be at most 40960 .* got 40961"):
+        Reranker("model", max_length=40961).rank(QUERY, ["a"])
+
+
+def test_query_longer_than_max_length_is_refused_with_both_numbers(
+    model: fakes.FakeModel,
+) -> None:
+    query = "CANARY " * 300
+    needed = len(head_ids(None, query)) + 9
+    with pytest.raises(InputError, match=f"take {needed} tokens .* max_length is 200") as caught:
+        Reranker("model", max_length=200).rank(query, ["CANARY"])
+    assert "CANARY" not in str(caught.value)
+    assert not model.network.packs
+
+
+def test_usage_counts_every_call(reranker: Reranker) -> None:
+    assert reranker.usage == Usage()
+    reranker.rank(QUERY, FRUIT, top_n=1)
+    reranker.score(QUERY, ["pear", "pear"])
+    tokens = num_tokens(QUERY, FRUIT) + num_tokens(QUERY, ["pear"])
+    assert reranker.usage == Usage(documents=7, tokens=tokens)
+
+
+def test_usage_belongs_to_one_reranker(reranker: Reranker) -> None:
+    reranker.rank(QUERY, FRUIT)
+    assert Reranker("model").usage == Usage()
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [HIGH, LOW, f"a{HIGH}b", LOW + HIGH, "\udc80 from surrogateescape", HIGH + HIGH],
+    ids=ascii,
+)
+@pytest.mark.parametrize("place", [0, 3, 7])
+def test_lone_surrogates_are_repaired_and_counted(
+    reranker: Reranker, broken: str, place: int
+) -> None:
+    documents = [f"red {i}" for i in range(8)]
+    expected = reranker.score(QUERY, documents)
+    documents[place] = broken
+    ranking = reranker.rank(QUERY, documents)
+    check_ranking(ranking, documents)
+    assert reranker.usage.repaired == 1
+    for result in ranking:
+        assert result.index == place or result.score == expected[result.index]
+
+
+def test_lone_surrogates_in_query_and_instruction_are_counted(reranker: Reranker) -> None:
+    reranker.rank(f"red {HIGH}", ["a", f"b{LOW}"], instruction=f"Find {LOW}")
+    assert reranker.usage.repaired == 3
+
+
+def test_split_surrogate_pairs_are_joined(reranker: Reranker) -> None:
+    documents = [f"{HIGH}{LOW} pear", "😀 pear"]
+    first, second = reranker.rank(QUERY, documents)
+    assert first.log_odds == second.log_odds
+    assert reranker.usage.tokens == num_tokens(QUERY, ["😀 pear"])
+
+
+def test_texts_never_reach_logs_or_repr(
+    reranker: Reranker, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    ranking = reranker.rank(f"CANARY {HIGH}", ["CANARY", f"CANARY {LOW}"], instruction="CANARY")
+    assert "in 2 texts" in caplog.text
+    assert "CANARY" not in caplog.text + repr(ranking) + repr(reranker)
+
+
+def test_context_manager_closes(reranker: Reranker) -> None:
+    with reranker as entered:
+        assert entered is reranker
+        reranker.rank(QUERY, FRUIT)
+    with pytest.raises(ClosedError, match="this reranker is closed"):
+        reranker.rank(QUERY, FRUIT)
+    assert reranker.usage.documents == len(FRUIT)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda reranker: reranker.rank("q", ["a"]),
+        lambda reranker: reranker.rank("q", []),
+        lambda reranker: reranker.rank_many([], []),
+        lambda reranker: reranker.score("q", ["a"]),
+        lambda reranker: reranker.score_pairs([("q", "a")]),
+        lambda reranker: asyncio.run(reranker.arank("q", ["a"])),
+        lambda reranker: asyncio.run(reranker.ascore("q", ["a"])),
+        lambda reranker: reranker.loaded,
+    ],
+)
+def test_closed_reranker_refuses_every_verb(reranker: Reranker, call: Any) -> None:
+    reranker.close()
+    reranker.close()
+    with pytest.raises(ClosedError, match=r"is closed\. Make a new one"):
+        call(reranker)
+
+
+def test_repr_shows_the_model_without_loading_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    fakes.forbid_loading(monkeypatch)
+    reranker = Reranker("some/model")
+    assert repr(reranker) == "Reranker('some/model')"
+    reranker.close()
+    assert repr(reranker) == "Reranker('some/model')"
+
+
+def test_subclass_keeps_its_name_and_sharing(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mine(Reranker):
+        pass
+
+    fakes.forbid_loading(monkeypatch)
+    assert repr(Mine.shared("some/model")) == "Mine('some/model')"
+
+
+def test_reranker_is_a_scorer() -> None:
+    assert isinstance(Reranker("model"), Scorer)
+    assert not isinstance(object(), Scorer)
+
+
+class Loads:
+    """Stands for `load_model`: makes a new fake model and remembers the settings."""
+
+    def __init__(self) -> None:
+        self.settings: list[dict[str, Any]] = []
+
+    def __call__(self, **settings: Any) -> fakes.FakeModel:
+        self.settings.append(settings)
+        return fakes.FakeModel()
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> Loads:
+    loads = Loads()
+    fakes.replace_load_model(monkeypatch, loads)
+    return loads
+
+
+def test_model_is_loaded_once_by_the_first_call(loads: Loads) -> None:
+    with Reranker("model", dtype="bfloat16", device="cpu", max_batch_tokens=512) as reranker:
+        assert not loads.settings
+        reranker.rank(QUERY, FRUIT)
+        reranker.rank(QUERY, FRUIT)
+        assert reranker.loaded is reranker.loaded
+    assert loads.settings == [
+        {
+            "model": "model", "dtype": "bfloat16", "device": "cpu", "template": None,
+            "adapter": None, "revision": None, "max_batch_tokens": 512,
+        }
+    ]  # fmt: skip
+
+
+def test_model_is_loaded_once_by_concurrent_first_calls(loads: Loads) -> None:
+    barrier = threading.Barrier(8)
+
+    def call(i: int) -> list[RankedDocument]:
+        barrier.wait(10)
+        return reranker.rank(QUERY, FRUIT)
+
+    with Reranker("model") as reranker, ThreadPoolExecutor(8) as threads:
+        rankings = list(threads.map(call, range(8)))
+    assert rankings == [rankings[0]] * 8
+    assert len(loads.settings) == 1
+
+
+def test_failed_load_is_tried_again_by_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    outcomes: list[Any] = [ModelLoadError("no such model"), fakes.FakeModel()]
+
+    def load(**settings: Any) -> Any:
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    fakes.replace_load_model(monkeypatch, load)
+    with Reranker("model") as reranker:
+        with pytest.raises(ModelLoadError, match="no such model"):
+            reranker.rank(QUERY, FRUIT)
+        check_ranking(reranker.rank(QUERY, FRUIT), FRUIT)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"instruction": "Find law"}, {"max_length": 512}, {"dtype": None}]
+)
+def test_shared_equal_settings_share_one_model(loads: Loads, settings: dict[str, Any]) -> None:
+    with Reranker.shared("model") as first, Reranker.shared("model", **settings) as second:
+        assert first is not second
+        assert first.loaded is second.loaded
+        assert len(loads.settings) == 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model": "other"},
+        {"dtype": "bfloat16"},
+        {"device": "meta"},
+        {"template": "chatml"},
+        {"adapter": "lora"},
+        {"revision": "main"},
+        {"max_batch_tokens": 512},
+    ],
+)
+def test_shared_other_settings_load_another_model(loads: Loads, settings: dict[str, Any]) -> None:
+    with (
+        Reranker.shared("model") as first,
+        Reranker.shared(**{"model": "model", **settings}) as second,
+    ):
+        assert first.loaded is not second.loaded
+
+
+def test_not_shared_rerankers_load_their_own(loads: Loads) -> None:
+    with Reranker("model") as first, Reranker("model") as second, Reranker.shared("model") as third:
+        assert len({id(first.loaded), id(second.loaded), id(third.loaded)}) == 3
+
+
+def test_shared_keeps_instruction_and_usage_apart(loads: Loads) -> None:
+    with (
+        Reranker.shared("model", instruction="Find code") as first,
+        Reranker.shared("model", instruction="Find law") as second,
+    ):
+        first.rank(QUERY, FRUIT)
+        second.rank(QUERY, FRUIT[:1])
+        network: Any = first.loaded.network
+        assert network.heads == [head_ids("Find code", QUERY), head_ids("Find law", QUERY)]
+        assert (first.usage.documents, second.usage.documents) == (5, 1)
+
+
+def test_shared_model_is_freed_with_its_last_user(loads: Loads) -> None:
+    others = owners()
+    first, second = Reranker.shared("model"), Reranker.shared("model")
+    first.rank(QUERY, FRUIT)
+    model = weakref.ref(first.loaded)
+    assert len(owners() - others) == 1
+    first.close()
+    gc.collect()
+    assert model() is not None
+    check_ranking(second.rank(QUERY, FRUIT), FRUIT)
+    second.close()
+    gc.collect()
+    assert model() is None
+    assert not owners() - others
+    with Reranker.shared("model") as third:
+        third.rank(QUERY, FRUIT)
+    assert len(loads.settings) == 2
+
+
+def test_model_is_freed_when_its_reranker_is_collected(loads: Loads) -> None:
+    others = owners()
+    reranker = Reranker("model")
+    reranker.rank(QUERY, FRUIT)
+    model = weakref.ref(reranker.loaded)
+    del reranker
+    gc.collect()
+    assert model() is None
+    assert not owners() - others
+
+
+def test_close_fails_calls_that_wait_and_finishes_the_forward_in_flight(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    network = WaitingNetwork()
+    fakes.replace_load_model(monkeypatch, lambda **settings: fakes.FakeModel(network))
+    reranker = Reranker("model")
+    with ThreadPoolExecutor(3) as threads:
+        in_flight = threads.submit(reranker.rank, QUERY, FRUIT)
+        assert network.started.wait(10)
+        queued = count_submits(monkeypatch, 1)
+        waiting = threads.submit(reranker.rank, QUERY, FRUIT)
+        assert queued.wait(10)
+        closing = threads.submit(reranker.close)
+        with pytest.raises(ClosedError, match="closed while this call waited"):
+            waiting.result(10)
+        network.go.set()
+        check_ranking(in_flight.result(10), FRUIT)
+        closing.result(10)
+    assert len(network.packs) == 1
