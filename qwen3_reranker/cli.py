@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import unicodedata
 from collections.abc import Sequence
@@ -37,8 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
-        sys.stderr.close()
+    except BrokenPipeError:
+        # The reader of our output, such as `head`, has seen enough; nothing may be flushed to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return status
 
@@ -202,8 +204,8 @@ def _print_summary(
 ) -> None:
     usage = reranker.usage
     lines = [
-        f"{len(lists)} queries, {usage.documents} documents, {usage.tokens} tokens computed, "
-        f"{usage.truncated} documents truncated"
+        f"queries {len(lists)}, documents {usage.documents}, truncated {usage.truncated}, "
+        f"tokens computed {usage.tokens}"
     ]
     judged = [
         (candidates, candidates.labels, ranking)

@@ -17,7 +17,8 @@ import torch
 from huggingface_hub import constants
 from tokenizers import Tokenizer
 
-from . import __version__, loading
+from . import __version__, checkpoint
+from .loading import cpu_has_bfloat16
 from .prompt import PromptTemplate
 from .reranker import Reranker
 
@@ -133,11 +134,11 @@ def _official_log_odds(
     device: torch.device,
     answers: tuple[int, int],
 ) -> list[float]:
-    folder, gguf_file = loading.locate(model, None)
-    config = loading.read_config(folder, gguf_file)
-    full = loading.read_weights(folder, gguf_file, config, dtype, attention="sdpa")
+    folder, gguf_file = checkpoint.locate(model, None)
+    config = checkpoint.read_config(folder, gguf_file)
+    full = checkpoint.read_weights(folder, gguf_file, config, dtype, attention="sdpa")
     full.to(device, dtype).eval()
-    tokenizer = Tokenizer.from_str(loading.read_tokenizer(folder, gguf_file))
+    tokenizer = Tokenizer.from_str(checkpoint.read_tokenizer(folder, gguf_file))
     tokenizer.no_truncation()
     scores = []
     for query, document in _PAIRS:
@@ -157,7 +158,7 @@ def _sigmoid(log_odds: float) -> float:
 
 
 def _cpu_kind() -> str:
-    native = "" if loading.cpu_has_bfloat16() else "no "
+    native = "" if cpu_has_bfloat16() else "no "
     return f"{torch.backends.cpu.get_cpu_capability()}, {native}native bfloat16"
 
 

@@ -7,7 +7,6 @@ when a model is first needed.
 from __future__ import annotations
 
 import asyncio
-import math
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -21,7 +20,7 @@ from . import inputs
 from .engine import Engine, Scores
 from .errors import ClosedError, InputError
 from .prompt import PromptTemplate
-from .results import RankedDocument, Usage, cut_ranking
+from .results import RankedDocument, Usage, cut_ranking, probability, rank_documents
 from .runtime import Runtime
 from .tokenization import EncodedGroup
 
@@ -79,8 +78,7 @@ class Reranker:
         max_batch_tokens: int | None = None,
     ) -> None:
         self._model = inputs.path("model", model)
-        inputs.instruction(instruction)
-        self._instruction = instruction
+        self._instruction = inputs.instruction(instruction)
         self._max_length = inputs.positive_int("max_length", max_length)
         if max_batch_tokens is not None:
             inputs.positive_int("max_batch_tokens", max_batch_tokens)
@@ -296,14 +294,20 @@ class Reranker:
                 f"max_length must be at most {limit} for this model, got {self._max_length}. It "
                 "has no positions beyond."
             )
-        encoded = [
-            loaded.tokenizer.encode_group(
-                instruction, query, documents, max_length=min(self._max_length, limit)
-            )
-            for instruction, query, documents in zip(
-                job.instructions, job.queries, job.documents, strict=True
-            )
-        ]
+        encoded = []
+        for i, query in enumerate(job.queries):
+            try:
+                group = loaded.tokenizer.encode_group(
+                    job.instructions[i],
+                    query,
+                    job.documents[i],
+                    max_length=min(self._max_length, limit),
+                )
+            except InputError as error:
+                if len(job.queries) == 1:
+                    raise
+                raise InputError(f"queries[{i}]: {error}") from error
+            encoded.append(group)
         return encoded, engine
 
     def _count(self, job: _Job, encoded: list[EncodedGroup], scores: Scores) -> _Scored:
@@ -346,25 +350,9 @@ class _Scored:
 def _ranked(
     job: _Job, scored: _Scored, top_n: int | None, score_threshold: float | None
 ) -> list[list[RankedDocument]]:
-    rankings = []
-    for documents, log_odds, truncated in zip(
-        job.documents, scored.log_odds, scored.truncated, strict=True
-    ):
-        order = sorted(range(len(documents)), key=lambda i: -log_odds[i])  # stable: ties keep order
-        ranking = [
-            RankedDocument(i, documents[i], _probability(log_odds[i]), log_odds[i], truncated[i])
-            for i in order
-        ]
-        rankings.append(cut_ranking(ranking, top_n, score_threshold))
-    return rankings
+    rows = zip(job.documents, scored.log_odds, scored.truncated, strict=True)
+    return [cut_ranking(rank_documents(*row), top_n, score_threshold) for row in rows]
 
 
 def _probabilities(scored: _Scored) -> list[float]:
-    return [_probability(value) for row in scored.log_odds for value in row]
-
-
-def _probability(log_odds: float) -> float:
-    """Return the sigmoid, written so that neither sign overflows."""
-    if log_odds >= 0:
-        return 1 / (1 + math.exp(-log_odds))
-    return math.exp(log_odds) / (1 + math.exp(log_odds))
+    return [probability(value) for row in scored.log_odds for value in row]

@@ -6,6 +6,7 @@ of a `Reranker`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
@@ -45,6 +46,29 @@ class Usage:
     tokens: int = 0
     truncated: int = 0
     repaired: int = 0
+
+
+def rank_documents(
+    documents: Sequence[str], log_odds: Sequence[float], truncated: Sequence[bool]
+) -> list[RankedDocument]:
+    """Return all documents by falling log-odds; equal ones keep their order.
+
+    Example:
+        >>> [r.index for r in rank_documents(["a", "b", "c"], [0.5, 2.0, 0.5], [False] * 3)]
+        [1, 0, 2]
+    """
+    order = sorted(range(len(documents)), key=lambda i: -log_odds[i])
+    return [
+        RankedDocument(i, documents[i], probability(log_odds[i]), log_odds[i], truncated[i])
+        for i in order
+    ]
+
+
+def probability(log_odds: float) -> float:
+    """Return the sigmoid of log-odds, written so that neither sign overflows."""
+    if log_odds >= 0:
+        return 1 / (1 + math.exp(-log_odds))
+    return math.exp(log_odds) / (1 + math.exp(log_odds))
 
 
 def cut_ranking(

@@ -75,12 +75,13 @@ def save_random_qwen3(
     folder: Path,
     *,
     tied: bool = True,
+    family: str = "Qwen3",
     architecture: str = "ForCausalLM",
     dtype: str = "float32",
     seed: int = 0,
     **shape: Any,
 ) -> Path:
-    """Write a random-weight Qwen3 checkpoint with the real tokenizer.
+    """Write a random-weight checkpoint of the Qwen3 (or Qwen2, Llama) family, real tokenizer.
 
     `shape` overrides the tiny default; `QWEN3_0_6B` has the real widths. Weights are drawn wide
     enough for scores to spread, or a wrong prompt would go unseen.
@@ -102,12 +103,12 @@ def save_random_qwen3(
         "tie_word_embeddings": tied,
         **shape,
     }
-    config = transformers.Qwen3Config(**settings)
+    config = getattr(transformers, f"{family}Config")(**settings)
     if architecture == "ForSequenceClassification":
         config.num_labels = 1
         config.pad_token_id = 151643
     torch.manual_seed(seed)
-    model = getattr(transformers, f"Qwen3{architecture}")(config)
+    model = getattr(transformers, f"{family}{architecture}")(config)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     shutil.copy(qwen3_tokenizer_file(), folder / "tokenizer.json")
     settings = {"tokenizer_class": "Qwen2Tokenizer", "pad_token": "<|endoftext|>"}

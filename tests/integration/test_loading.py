@@ -90,7 +90,8 @@ def test_untied_head_comes_from_the_output_layer(checkpoint: Callable[..., Path]
     ("config", "reason"),
     [
         ({"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}, "gemma3_text"),
-        ({"model_type": "no_such_model"}, "cannot be read"),
+        ({"model_type": "no_such_model"}, "no_such_model"),
+        ({"num_hidden_layers": "many"}, "cannot be read"),
         ({"architectures": ["Qwen3ForTokenClassification"]}, "no yes/no head"),
         (
             {

@@ -24,6 +24,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tied": {"tied": True},
     "untied": {"tied": False},
     "seq-cls": {"architecture": "ForSequenceClassification"},
+    "qwen2": {"family": "Qwen2"},
+    "llama": {"family": "Llama", "tied": False},
     "untied seq-cls": {"architecture": "ForSequenceClassification", "tied": False, "seed": 1},
 }
 WIDE = {**real_parts.QWEN3_0_6B, "num_hidden_layers": 4}

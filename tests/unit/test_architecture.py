@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# loading and doctor beside the three of the design: files into tensors, and the official side.
-TORCH_FILES = {"attention.py", "model.py", "loading.py", "doctor.py"}
+TORCH_FILES = {"attention.py", "checkpoint.py", "doctor.py", "loading.py", "model.py"}
 FIRST_PARTY = {"finetune", "langchain_qwen3_reranker", "llama_index", "tests", "benchmarks"}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qwen3_reranker import InputError, Reranker
+from qwen3_reranker import TEMPLATES, InputError, Reranker
 from tests import fakes
 
 CANARY = "CANARY text of a document"
@@ -156,6 +156,8 @@ def test_bad_call_is_named_before_any_model_work(call: Call, fragment: str) -> N
         ({"dtype": 16}, "dtype must be one of float32, bfloat16, float16 or None, got 16"),
         ({"adapter": ""}, "adapter is blank"),
         ({"adapter": 3}, "adapter must be a Hub name or a path, got int"),
+        ({"template": "none"}, "template must be one of qwen3-reranker, published-eval, chatml"),
+        ({"template": 3}, "template must be one of qwen3-reranker, published-eval, chatml"),
         ({"instruction": 3}, "instruction must be a string or None, got int"),
         ({"instruction": b"x"}, "instruction must be a string or None, got bytes"),
     ],
@@ -210,6 +212,8 @@ def test_no_documents_need_no_model(call: Call, expected: list[Any]) -> None:
         {"max_length": np.int64(512)},
         {"max_batch_tokens": 1},
         {"instruction": ""},
+        {"template": "chatml"},
+        {"template": TEMPLATES["published-eval"]},
     ],
 )
 def test_good_settings_are_accepted(settings: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from qwen3_reranker import (
     Scorer,
     Usage,
 )
-from qwen3_reranker.engine import Engine
+from qwen3_reranker.engine import Engine, Scores
 from qwen3_reranker.packing import Pack
 from tests import fakes
 from tests.invariants import check_ranking
@@ -379,6 +379,19 @@ def test_rank_raises_what_the_network_raised_and_works_again(
             reranker.rank(QUERY, FRUIT)
         assert reranker.usage == Usage()
         check_ranking(reranker.rank(QUERY, FRUIT), FRUIT)
+
+
+def test_rank_interrupted_while_waiting_drops_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(Future[Scores]):
+        def result(self, timeout: float | None = None) -> Scores:
+            raise KeyboardInterrupt
+
+    future = Interrupted()
+    with fakes.loaded(monkeypatch, fakes.FakeModel()) as engine:
+        monkeypatch.setattr(engine, "submit", lambda groups, progress: future)
+        with pytest.raises(KeyboardInterrupt):
+            Reranker("model").rank(QUERY, FRUIT)
+    assert future.cancelled()
 
 
 @pytest.mark.parametrize(

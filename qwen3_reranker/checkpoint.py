@@ -1,0 +1,237 @@
+"""Files of a checkpoint or adapter, read or refused.
+
+Decides which files and architectures are admitted. Only safetensors and GGUF are read, and no code
+of a checkpoint is ever run. Knows nothing of devices, prompts or scores.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+
+from .attention import NAME as PACKED_ATTENTION
+from .errors import ModelLoadError
+
+_SUPPORTED = ("qwen3", "qwen2", "llama")
+# Their frequencies change with the longest position of a forward, so a score would depend on the
+# other documents of its pack.
+_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+def locate(model: str, revision: str | None) -> tuple[Path, str | None]:
+    """Return the local folder of a checkpoint and, for a GGUF file, its name.
+
+    Raises:
+        ModelLoadError: If it is neither on disk nor to be had from the Hub.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path, None
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelLoadError(
+                f"model is the file '{model}', but only .gguf files load alone. Pass the folder "
+                "that holds config.json, tokenizer.json and the safetensors files."
+            )
+        return path.parent, path.name
+    try:
+        # Patterns keep pickled weights off the disk as well as out of the process.
+        folder = snapshot_download(
+            model, revision=revision, allow_patterns=["*.json", "*.safetensors"]
+        )
+    except HFValidationError as error:
+        raise ModelLoadError(
+            f"model '{model}' is not a folder here and not a Hub name either. Check the path."
+        ) from error
+    except Exception as error:
+        raise ModelLoadError(
+            f"model '{model}' could not be fetched from the Hub ({type(error).__name__}). Check "
+            "the name, the connection and HF_TOKEN, or pass a local folder."
+        ) from error
+    return Path(folder), None
+
+
+def read_config(folder: Path, gguf_file: str | None) -> Any:
+    """Return the transformers configuration of a checkpoint.
+
+    Raises:
+        ModelLoadError: If there is none, or it asks for code of its own.
+    """
+    if gguf_file is None:
+        file = folder / "config.json"
+        if not file.is_file():
+            raise ModelLoadError(
+                f"'{folder}' has no config.json, so it is not a checkpoint. Pass a folder written "
+                "by save_pretrained, a .gguf file or a Hub name."
+            )
+        raw = read_json(file)
+        if "auto_map" in raw:
+            raise ModelLoadError(
+                f"'{file}' asks for code of its own (auto_map), which is never run here. Use a "
+                "checkpoint in the standard Qwen3 format."
+            )
+        _refuse_decoder(raw.get("model_type"), folder)
+    try:
+        extra = {} if gguf_file is None else {"gguf_file": gguf_file}
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **extra)
+    except Exception as error:
+        raise ModelLoadError(
+            f"the configuration of '{folder}' cannot be read ({type(error).__name__}). Fetch the "
+            "checkpoint again; a GGUF file needs the package gguf."
+        ) from error
+    _refuse_decoder(config.model_type, folder)
+    if not config.architectures:  # GGUF files do not say
+        config.architectures = [f"{config.model_type.capitalize()}ForCausalLM"]
+    return config
+
+
+def read_tokenizer(folder: Path, gguf_file: str | None) -> str:
+    """Return the content of a checkpoint's `tokenizer.json`.
+
+    Raises:
+        ModelLoadError: If there is none.
+    """
+    if gguf_file is not None:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
+        return str(tokenizer.backend_tokenizer.to_str())
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise ModelLoadError(
+            f"'{folder}' has no tokenizer.json. Copy the one of the base model into it."
+        )
+    return file.read_text(encoding="utf-8")
+
+
+def read_weights(
+    folder: Path,
+    gguf_file: str | None,
+    config: Any,
+    dtype: str | torch.dtype,
+    *,
+    attention: str = PACKED_ATTENTION,
+) -> Any:
+    """Load every tensor the architecture asks for, or fail: none is ever left at random.
+
+    Returns:
+        A transformers model with its head, of the architecture that the configuration names.
+
+    Raises:
+        ModelLoadError: If a file is broken or a tensor is missing.
+    """
+    is_causal = config.architectures[0].endswith("ForCausalLM")
+    auto: Any = (
+        transformers.AutoModelForCausalLM
+        if is_causal
+        else (transformers.AutoModelForSequenceClassification)
+    )
+    extra: dict[str, Any] = {"use_safetensors": True}
+    if gguf_file is not None:
+        extra = {
+            "gguf_file": gguf_file,
+            "quantization_config": transformers.GgufConfig(gguf_file=gguf_file, dequantize=True),
+        }
+    try:
+        full, report = auto.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention,
+            local_files_only=True,
+            output_loading_info=True,
+            **extra,
+        )
+    except Exception as error:
+        raise ModelLoadError(
+            f"the weights in '{folder}' cannot be read ({type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else 'no message'}). Only complete "
+            "safetensors or GGUF files load; fetch the checkpoint again."
+        ) from error
+    lacking = [*report["missing_keys"], *report["mismatched_keys"]]
+    if lacking:
+        raise ModelLoadError(
+            f"the checkpoint in '{folder}' lacks {len(lacking)} tensors that "
+            f"{config.architectures[0]} needs, the first is {lacking[0]}; left alone they would be "
+            "random and so would every score. Fetch the checkpoint again."
+        )
+    return full
+
+
+def merge_adapter(full: Any, folder: Path) -> Any:
+    """Return the model with LoRA weights merged into it, in the model's dtype.
+
+    Raises:
+        ModelLoadError: If the adapter has no safetensors file or does not fit the model.
+    """
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ModelLoadError(
+            f"adapter '{folder}' has no adapter_model.safetensors. Save it with "
+            "save_pretrained; pickled weights are never read."
+        )
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ModelLoadError(
+            f"adapter '{folder}' needs peft, which is not installed. Run: "
+            'pip install "qwen3-reranker[finetune]"'
+        ) from error
+    try:
+        return PeftModel.from_pretrained(full, folder).merge_and_unload(safe_merge=True)
+    except Exception as error:
+        raise ModelLoadError(
+            f"adapter '{folder}' does not fit the base model ({type(error).__name__}). Load it on "
+            "the base it was trained on."
+        ) from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the content of a JSON file.
+
+    Raises:
+        ModelLoadError: If it cannot be parsed.
+    """
+    try:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(f"'{file}' is not valid JSON. Fetch it again.") from error
+    return content
+
+
+def _refuse_decoder(model_type: object, folder: Path) -> None:
+    if model_type not in _SUPPORTED:
+        raise ModelLoadError(
+            f"'{folder}' cannot be packed exactly: its decoder is {model_type!r}, not one of "
+            f"{', '.join(_SUPPORTED)}. Use a Qwen3-Reranker checkpoint or a fine-tune of one."
+        )
+
+
+def refuse_unsupported(config: Any, model: str) -> None:
+    """Refuse what a packed forward would get wrong.
+
+    Raises:
+        ModelLoadError: If the head, a layer or the rotary embedding is of a kind it is not for.
+    """
+    architecture = config.architectures[0]
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    others = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    problem = None
+    if not architecture.endswith(("ForCausalLM", "ForSequenceClassification")):
+        problem = f"its architecture is {architecture}, which has no yes/no head"
+    elif architecture.endswith("ForSequenceClassification") and config.num_labels != 1:
+        problem = f"it classifies into {config.num_labels} labels, a reranker has one"
+    elif others:
+        problem = f"it has layers of type {', '.join(sorted(others))}, packs need full attention"
+    elif getattr(config, "attn_logit_softcapping", None):
+        problem = "its attention scores are soft-capped"
+    elif rope in _LENGTH_DEPENDENT_ROPE:
+        problem = f"its rotary embedding is {rope!r}, so scores would depend on pack companions"
+    if problem:
+        raise ModelLoadError(
+            f"'{model}' cannot be packed exactly: {problem}. Use a Qwen3-Reranker checkpoint or "
+            "a fine-tune of one."
+        )

@@ -1,0 +1,401 @@
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from qwen3_reranker import ClosedError, NonFiniteScoreError, OverloadedError
+from qwen3_reranker.engine import Engine, Scores
+from qwen3_reranker.packing import Pack
+from qwen3_reranker.tokenization import EncodedGroup
+
+Score = Callable[[Pack], NDArray[np.float32]]
+TIMEOUT_S = 10
+
+
+def group(*documents: int, head: int = 1) -> EncodedGroup:
+    """Return documents of one token each; a document's score will be that token."""
+    ids = [np.array([document], np.int32) for document in documents]
+    return EncodedGroup(np.array([head], np.int32), ids, [False] * len(ids), 0)
+
+
+def last_ids(pack: Pack) -> list[int]:
+    return [int(pack.token_ids[i]) for i in pack.last_tokens]
+
+
+def last_id(pack: Pack) -> NDArray[np.float32]:
+    return np.array(last_ids(pack), np.float32)
+
+
+def log_odds(future: Future[Scores]) -> list[list[float]]:
+    return [row.tolist() for row in future.result(TIMEOUT_S).log_odds]
+
+
+class Gate:
+    """Scores by the last id, but only once it is open; remembers what it scored."""
+
+    def __init__(self) -> None:
+        self.started, self.open = threading.Event(), threading.Event()
+        self.forwards: list[list[int]] = []
+
+    def __call__(self, pack: Pack) -> NDArray[np.float32]:
+        self.started.set()
+        assert self.open.wait(TIMEOUT_S)
+        self.forwards.append(last_ids(pack))
+        return last_id(pack)
+
+
+class Peak:
+    """Scores by the last id and counts how many do so at once."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.running = self.peak = self.calls = 0
+
+    def __call__(self, pack: Pack) -> NDArray[np.float32]:
+        with self.lock:
+            self.calls += 1
+            self.running += 1
+            self.peak = max(self.peak, self.running)
+        time.sleep(0.002)  # long enough for another thread to come in
+        with self.lock:
+            self.running -= 1
+        return last_id(pack)
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., Engine]]:
+    """Return a function that makes engines, which are closed after the test."""
+    engines = []
+
+    def make(score: Score, **settings: Any) -> Engine:
+        engines.append(Engine(score, **{"backend": "fake", "max_batch_tokens": 100, **settings}))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    gate = Gate()
+    yield gate
+    gate.open.set()
+
+
+@pytest.fixture
+def gated(gate: Gate, make: Callable[..., Engine]) -> tuple[Engine, Future[Scores]]:
+    """Return an engine whose first request, of document 100, is held in its forward."""
+    engine = make(gate, max_waiting=3)
+    first = engine.submit([group(100)])
+    assert gate.started.wait(TIMEOUT_S)
+    return engine, first
+
+
+def test_scores_are_aligned_with_groups_and_documents(make: Callable[..., Engine]) -> None:
+    engine = make(last_id, max_batch_tokens=4)
+    groups = [group(5, 9, 5, 7), group(head=2), group(3, head=3), group(9, 8, head=1)]
+    assert log_odds(engine.submit(groups)) == [[5, 9, 5, 7], [], [3], [9, 8]]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_scores_are_aligned_whatever_the_packs(make: Callable[..., Engine], seed: int) -> None:
+    chance = random.Random(seed)
+    engine = make(
+        last_id,
+        max_batch_tokens=chance.randint(1, 12),
+        max_attention_tokens=chance.choice([None, 1, 8]),
+    )
+    contents = [
+        (chance.randint(1, 4), [chance.randint(1, 30) for _ in range(chance.randint(0, 20))])
+        for _ in range(8)
+    ]
+    groups = [group(*documents, head=head) for head, documents in contents]
+    assert log_odds(engine.submit(groups)) == [documents for _, documents in contents]
+
+
+def test_duplicates_are_computed_once(make: Callable[..., Engine], gate: Gate) -> None:
+    gate.open.set()
+    scores = make(gate).submit([group(5, 5, 6), group(6, 5)]).result(TIMEOUT_S)
+    assert [row.tolist() for row in scores.log_odds] == [[5, 5, 6], [6, 5]]
+    assert gate.forwards == [[5, 6]]
+    assert scores.tokens == 3  # one head and two documents
+
+
+def test_tokens_count_the_head_of_each_pack(make: Callable[..., Engine]) -> None:
+    engine = make(last_id, max_batch_tokens=3)
+    assert engine.submit([group(5, 6, 7, 8, 9)]).result(TIMEOUT_S).tokens == 3 + 5
+
+
+def test_progress_counts_distinct_documents(make: Callable[..., Engine]) -> None:
+    steps: list[int] = []
+    engine = make(last_id, max_batch_tokens=3)
+    engine.submit([group(5, 6, 7, 8, 9, 9)], progress=steps.append).result(TIMEOUT_S)
+    assert steps == [2, 2, 1]
+
+
+def test_requests_run_in_the_order_they_came(
+    gate: Gate, gated: tuple[Engine, Future[Scores]]
+) -> None:
+    engine, _ = gated
+    futures = [engine.submit([group(i)]) for i in (3, 1, 2)]
+    gate.open.set()
+    assert [log_odds(future) for future in futures] == [[[3]], [[1]], [[2]]]
+    assert gate.forwards == [[100], [3], [1], [2]]
+
+
+def test_one_forward_is_in_flight_with_fifty_callers(make: Callable[..., Engine]) -> None:
+    score, barrier = Peak(), threading.Barrier(50)
+    engine = make(score)
+
+    def call(i: int) -> list[list[float]]:
+        barrier.wait(TIMEOUT_S)
+        return log_odds(engine.submit([group(i, i + 1)]))
+
+    with ThreadPoolExecutor(50) as threads:
+        assert list(threads.map(call, range(50))) == [[[i, i + 1]] for i in range(50)]
+    assert (score.peak, score.calls) == (1, 50)
+
+
+def test_control_without_an_engine_forwards_overlap() -> None:
+    score, barrier = Peak(), threading.Barrier(50)
+    pack = Pack(np.zeros(1, np.int64), np.zeros(1, np.int64), (), "fake")
+
+    def call(i: int) -> None:
+        barrier.wait(TIMEOUT_S)
+        score(pack)
+
+    with ThreadPoolExecutor(50) as threads:
+        list(threads.map(call, range(50)))
+    assert score.peak > 1
+
+
+def test_full_queue_is_refused_at_once(gate: Gate, gated: tuple[Engine, Future[Scores]]) -> None:
+    engine, first = gated
+    waiting = [engine.submit([group(i)]) for i in (1, 2, 3)]
+    with pytest.raises(OverloadedError, match="3 calls wait already"):
+        engine.submit([group(4)])
+    assert not gate.open.is_set()  # the refusal waited for nothing
+    gate.open.set()
+    assert [log_odds(future) for future in (first, *waiting)] == [[[100]], [[1]], [[2]], [[3]]]
+    assert log_odds(engine.submit([group(5)])) == [[5]]
+
+
+def test_cancelled_waiting_request_is_never_scored(
+    gate: Gate, gated: tuple[Engine, Future[Scores]]
+) -> None:
+    engine, _ = gated
+    kept, dropped, last = (engine.submit([group(i)]) for i in (1, 2, 3))
+    assert dropped.cancel()
+    gate.open.set()
+    assert (log_odds(kept), log_odds(last)) == ([[1]], [[3]])
+    assert gate.forwards == [[100], [1], [3]]
+
+
+def test_running_request_cannot_be_cancelled(
+    gate: Gate, gated: tuple[Engine, Future[Scores]]
+) -> None:
+    _, running = gated
+    assert not running.cancel()
+    gate.open.set()
+    assert log_odds(running) == [[100]]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("k", range(1, 6))
+def test_error_in_the_kth_forward_reaches_its_caller_alone(
+    make: Callable[..., Engine], k: int, error: type[BaseException]
+) -> None:
+    forwards = 0
+
+    def fail_at_k(pack: Pack) -> NDArray[np.float32]:
+        nonlocal forwards
+        forwards += 1
+        if forwards == k:
+            raise error(f"forward {k}")
+        return last_id(pack)
+
+    engine = make(fail_at_k, max_batch_tokens=2)
+    failing, following = engine.submit([group(1, 2, 3, 4, 5)]), engine.submit([group(6, 7)])
+    with pytest.raises(error, match=f"forward {k}"):
+        failing.result(TIMEOUT_S)
+    assert forwards >= k
+    assert log_odds(following) == [[6, 7]]
+    assert log_odds(engine.submit([group(1, 2, 3, 4, 5)])) == [[1, 2, 3, 4, 5]]
+
+
+def test_error_in_progress_reaches_its_caller_alone(make: Callable[..., Engine]) -> None:
+    def fail(count: int) -> None:
+        raise OSError(f"no terminal for {count}")
+
+    engine = make(last_id)
+    with pytest.raises(OSError, match="no terminal for 2"):
+        engine.submit([group(1, 2)], progress=fail).result(TIMEOUT_S)
+    assert log_odds(engine.submit([group(3)])) == [[3]]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    ("groups", "count", "first"),
+    [
+        ([group(1, 66, 3)], 1, r"documents\[1\];"),
+        ([group(1, 66, 3, 66)], 2, r"documents\[1\];"),
+        ([group(1), group(2, 3, 66, head=2)], 1, r"documents\[1\]\[2\];"),
+        ([group(66), group(66, 66, head=2)], 3, r"documents\[0\]\[0\];"),
+    ],
+)
+def test_non_finite_scores_are_refused_by_index(
+    make: Callable[..., Engine],
+    groups: list[EncodedGroup],
+    count: int,
+    first: str,
+    value: float,
+) -> None:
+    def score(pack: Pack) -> NDArray[np.float32]:
+        ids = last_id(pack)
+        return np.where(ids == 66, np.float32(value), ids)
+
+    engine = make(score)
+    with pytest.raises(NonFiniteScoreError, match=rf"for {count} documents, the first is {first}"):
+        engine.submit(groups).result(TIMEOUT_S)
+    assert log_odds(engine.submit([group(1, 2)])) == [[1, 2]]
+
+
+def close_in_thread(engine: Engine) -> threading.Thread:
+    thread = threading.Thread(target=engine.close)
+    thread.start()
+    return thread
+
+
+def test_close_fails_waiting_requests_and_finishes_the_forward_in_flight(
+    gate: Gate, gated: tuple[Engine, Future[Scores]]
+) -> None:
+    engine, running = gated
+    waiting = [engine.submit([group(i)]) for i in (1, 2, 3)]
+    closing = close_in_thread(engine)
+    for future in waiting:
+        with pytest.raises(ClosedError, match="closed while this call waited"):
+            future.result(TIMEOUT_S)
+    gate.open.set()
+    closing.join(TIMEOUT_S)
+    assert not closing.is_alive()
+    assert log_odds(running) == [[100]]
+    assert gate.forwards == [[100]]
+
+
+def test_close_passes_over_cancelled_requests(
+    gate: Gate, gated: tuple[Engine, Future[Scores]]
+) -> None:
+    engine, _ = gated
+    dropped, kept = engine.submit([group(1)]), engine.submit([group(2)])
+    dropped.cancel()
+    closing = close_in_thread(engine)
+    with pytest.raises(ClosedError, match="closed while this call waited"):
+        kept.result(TIMEOUT_S)
+    gate.open.set()
+    closing.join(TIMEOUT_S)
+    assert dropped.cancelled()
+
+
+def test_close_stops_a_request_between_its_packs(gate: Gate, make: Callable[..., Engine]) -> None:
+    engine = make(gate, max_batch_tokens=2)
+    running = engine.submit([group(1, 2, 3)])
+    assert gate.started.wait(TIMEOUT_S)
+    waiting = engine.submit([group(4)])
+    closing = close_in_thread(engine)
+    with pytest.raises(ClosedError, match="closed while this call waited"):
+        waiting.result(TIMEOUT_S)  # from here on the engine is closed
+    gate.open.set()
+    with pytest.raises(ClosedError, match="closed while this call was scored"):
+        running.result(TIMEOUT_S)
+    closing.join(TIMEOUT_S)
+    assert gate.forwards == [[1]]
+
+
+def test_close_ends_the_thread_and_is_idempotent(make: Callable[..., Engine]) -> None:
+    others = set(threading.enumerate())
+    engine = make(last_id)
+    assert log_odds(engine.submit([group(1)])) == [[1]]
+    (owner,) = set(threading.enumerate()) - others
+    assert (owner.name, owner.daemon) == ("qwen3-reranker", True)
+    engine.close()
+    engine.close()
+    assert not owner.is_alive()
+
+
+def test_submit_after_close_is_refused(make: Callable[..., Engine]) -> None:
+    engine = make(last_id)
+    engine.close()
+    with pytest.raises(ClosedError, match=r"the reranker is closed\. Make a new one"):
+        engine.submit([group(1)])
+
+
+def test_close_from_the_owner_thread_does_not_wait_for_itself(
+    make: Callable[..., Engine],
+) -> None:
+    closed = threading.Event()
+
+    def close(pack: Pack) -> NDArray[np.float32]:
+        engine.close()
+        closed.set()
+        return last_id(pack)
+
+    engine = make(close)
+    assert log_odds(engine.submit([group(1)])) == [[1]]
+    assert closed.is_set()
+    with pytest.raises(ClosedError, match="is closed"):
+        engine.submit([group(2)])
+
+
+EXIT_WITH_QUEUED_WORK = """
+import sys, threading, time, types
+import numpy as np
+from qwen3_reranker.runtime import Runtime
+from qwen3_reranker.tokenization import EncodedGroup
+
+started = threading.Event()
+
+class Network:
+    def score(self, pack):
+        started.set()
+        time.sleep(0.5)
+        return np.zeros(len(pack.last_tokens), np.float32)
+
+model = types.SimpleNamespace(
+    network=Network(), backend="fake", max_batch_tokens=100, max_attention_tokens=None
+)
+sys.modules["qwen3_reranker.loading"] = types.SimpleNamespace(load_model=lambda **settings: model)
+runtime = Runtime(model="model")
+_, engine = runtime.load()
+ids = np.array([1], np.int32)
+futures = [engine.submit([EncodedGroup(ids, [ids], [False], 0)]) for _ in range(200)]
+futures[-1].add_done_callback(lambda future: print(type(future.exception()).__name__, flush=True))
+started.wait()
+print("leaving", flush=True)
+"""
+
+
+def test_process_with_queued_work_exits() -> None:
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", EXIT_WITH_QUEUED_WORK],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == ["leaving", "ClosedError"]
+    assert time.monotonic() - start < 10  # the queue alone would take 100 s
