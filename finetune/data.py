@@ -42,7 +42,7 @@ def read_groups(path: str) -> list[TrainingGroup]:
 def _parse(row: dict[str, Any], line: int) -> TrainingGroup:
     unknown = sorted(set(row) - _KEYS)
     if unknown:
-        raise ValueError(f"unknown key {unknown[0]!r}; rows have {', '.join(sorted(_KEYS))}")
+        raise ValueError(f"unknown key {unknown[0][:40]!r}; rows have {', '.join(sorted(_KEYS))}")
     query, instruction = row.get("query"), row.get("instruction")
     if not isinstance(query, str) or not query.strip():
         raise ValueError("'query' must be a string that is not blank")

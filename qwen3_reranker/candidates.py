@@ -94,14 +94,18 @@ def _parse(row: dict[str, Any], line: int) -> CandidateList:
     if not isinstance(missing, list) or not all(_is_label(label) for label in missing):
         raise ValueError("'missing_labels' must be a list of whole numbers of at least 0")
     return CandidateList(
-        query_id=str(row.get("query_id", line)),
+        query_id=_name(row.get("query_id"), line),
         query=query,
         instruction=instruction,
-        ids=[str(candidate.get("id", i)) for i, candidate in enumerate(candidates)],
+        ids=[_name(candidate.get("id"), i) for i, candidate in enumerate(candidates)],
         texts=[candidate["text"] for candidate in candidates],
         labels=labels if is_judged else None,
         missing_labels=missing,
     )
+
+
+def _name(given: object, position: int) -> str:
+    return str(position if given is None else given)
 
 
 def _is_label(value: Any) -> bool:

@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         status: int = arguments.run(arguments)
+        sys.stdout.flush()
     except Qwen3RerankerError as error:
         print(f"{error}", file=sys.stderr)
         return 2
@@ -110,7 +111,7 @@ def _rank(arguments: argparse.Namespace) -> int:
         for candidates, ranking in zip(lists, rankings, strict=True):
             kept = cut_ranking(ranking, arguments.top_n, arguments.threshold)
             if arguments.json:
-                print(json.dumps(_as_json(candidates, kept), ensure_ascii=False))
+                print(json.dumps(_as_json(candidates, kept)))
             else:
                 _print_table(candidates, kept)
         _print_summary(lists, rankings, reranker)
@@ -138,10 +139,10 @@ def _candidate_lists(arguments: argparse.Namespace) -> list[CandidateList]:
         return read_candidates(arguments.candidates)
     if arguments.query is None:
         raise InputError("there is no query. Pass --query TEXT, or --candidates FILE.")
-    ids = [str(i) for i in range(len(arguments.document))]
+    ids = [f"argument {i}" for i in range(1, len(arguments.document) + 1)]
     texts = list(arguments.document)
     source = arguments.documents
-    if source is None and not texts and not sys.stdin.isatty():
+    if source is None and not texts and sys.stdin is not None and not sys.stdin.isatty():
         source = STDIN
     if source is not None:
         for name, text in _read_documents(source):
@@ -164,7 +165,7 @@ def _read_documents(path: str) -> list[tuple[str, str]]:
 def _parse_document(row: dict[str, Any], line: int) -> tuple[str, str]:
     if not isinstance(row.get("text"), str):
         raise ValueError("must have a string 'text'")
-    return str(row.get("id", line)), row["text"]
+    return str(line if row.get("id") is None else row["id"]), row["text"]
 
 
 def _as_json(candidates: CandidateList, ranking: list[RankedDocument]) -> dict[str, Any]:
@@ -187,7 +188,7 @@ def _as_json(candidates: CandidateList, ranking: list[RankedDocument]) -> dict[s
 
 
 def _print_table(candidates: CandidateList, ranking: list[RankedDocument]) -> None:
-    print(_fit(f"\n{candidates.query_id}: {candidates.query}"))
+    print("\n" + _fit(f"{candidates.query_id}: {candidates.query}"))
     print("rank   score  log-odds  was  document")
     for rank, result in enumerate(ranking, 1):
         mark = "~" if result.truncated else " "
@@ -232,7 +233,7 @@ def _fit(text: str, width: int = _WIDTH) -> str:
     shown: list[str] = []
     used = 0
     for character in text:
-        if character != "\n" and not character.isprintable():
+        if not character.isprintable():
             character = " "
         columns = 2 if unicodedata.east_asian_width(character) in "WF" else 1
         if used + columns > width - 1:

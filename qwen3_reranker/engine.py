@@ -6,6 +6,7 @@ Decides when packs run and whose scores they are. Knows nothing of text, and of 
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import ClosedError, NonFiniteScoreError, OverloadedError
+from .errors import ClosedError, NonFiniteScoreError, OverloadedError, Qwen3RerankerError
 from .packing import Pack, build_pack, merge_duplicates, plan_packs
 from .tokenization import EncodedGroup
 
@@ -102,8 +103,9 @@ class Engine:
                 return
             self._is_closed = True
             abandoned = []
-            while not self._waiting.empty():
-                abandoned.append(self._waiting.get_nowait())
+            with contextlib.suppress(queue.Empty):  # the owner may take the last one meanwhile
+                while True:
+                    abandoned.append(self._waiting.get_nowait())
             self._waiting.put(None)
         for request in abandoned:
             if request is not None and request.future.set_running_or_notify_cancel():
@@ -114,15 +116,22 @@ class Engine:
             self._owner.join()
 
     def _run(self) -> None:
-        while (request := self._waiting.get()) is not None:
-            if not request.future.set_running_or_notify_cancel():
-                continue
+        while self._serve_next():
+            pass
+
+    def _serve_next(self) -> bool:
+        """Serve one request and forget it before waiting again; return False to stop."""
+        request = self._waiting.get()
+        if request is None:
+            return False
+        if request.future.set_running_or_notify_cancel():
             try:
                 scores = self._scores(request)
             except BaseException as error:
                 request.future.set_exception(error)
             else:
                 request.future.set_result(scores)
+        return True
 
     def _scores(self, request: _Request) -> Scores:
         merged, places = merge_duplicates(request.groups)
@@ -137,6 +146,12 @@ class Engine:
                 raise ClosedError("the reranker was closed while this call was scored.")
             pack = build_pack(merged, seats, backend=self._backend)
             scored = self._score(pack)
+            if scored.shape != (len(pack.last_tokens),):
+                raise Qwen3RerankerError(
+                    f"the model returned scores of shape {scored.shape} for "
+                    f"{len(pack.last_tokens)} documents; none are invented or dropped. Please "
+                    "report this."
+                )
             start = 0
             for seat in seats:
                 stop = start + len(seat.documents)

@@ -6,11 +6,12 @@ never quoted, only their types and positions.
 
 from __future__ import annotations
 
-import math
 import operator
 import os
 from collections.abc import Iterable, Mapping, Set
 from typing import Any
+
+import numpy as np
 
 from .errors import InputError
 from .prompt import TEMPLATES, PromptTemplate
@@ -65,12 +66,17 @@ def pairs(value: Any) -> list[tuple[str, str]]:
     checked = []
     for i, item in enumerate(_items(value, "pairs", "(query, document) pairs")):
         if not isinstance(item, (tuple, list)) or len(item) != 2:
+            count = f" of {len(item)}" if isinstance(item, (tuple, list)) else ""
             raise InputError(
-                f"pairs[{i}] must be a (query, document) pair, got {type(item).__name__}."
-                " Pass two strings."
+                f"pairs[{i}] must be a (query, document) pair, got {type(item).__name__}{count}. "
+                "Pass two strings."
             )
-        (document,) = documents([item[1]], f"document of pairs[{i}]")
-        checked.append((query(item[0], f"query of pairs[{i}]"), document))
+        if not isinstance(item[1], str):
+            raise InputError(
+                f"document of pairs[{i}] must be a string, got {type(item[1]).__name__}. Pass the "
+                "text itself."
+            )
+        checked.append((query(item[0], f"query of pairs[{i}]"), item[1]))
     return checked
 
 
@@ -106,15 +112,27 @@ def cut(top_n: Any, score_threshold: Any) -> None:
             "every document."
         )
     if score_threshold is not None and not (
-        isinstance(score_threshold, (int, float))
+        isinstance(score_threshold, (int, float, np.floating))
         and not isinstance(score_threshold, bool)
-        and math.isfinite(score_threshold)
-        and 0 <= score_threshold <= 1
+        and 0 <= score_threshold <= 1  # false for NaN
     ):
         raise InputError(
             f"score_threshold must be between 0 and 1 or None, got {score_threshold!r}. Scores "
             "are probabilities; use None to keep every document."
         )
+
+
+def name_or_none(name: str, value: Any) -> str | None:
+    """Return a string that may be missing."""
+    if value is not None and not isinstance(value, str):
+        raise InputError(f"{name} must be a string or None, got {type(value).__name__}.")
+    return value
+
+
+def device(value: Any) -> str | None:
+    """Return a device's name, from the name or a torch device; the model's loading tries it."""
+    is_torch_device = type(value).__module__ == "torch" and type(value).__name__ == "device"
+    return str(value) if is_torch_device else name_or_none("device", value)
 
 
 def positive_int(name: str, value: Any) -> int:
@@ -139,7 +157,7 @@ def template(value: Any) -> PromptTemplate | None:
     """Return a template from itself or its id."""
     if value is None or isinstance(value, PromptTemplate):
         return value
-    if value not in TEMPLATES:
+    if not isinstance(value, str) or value not in TEMPLATES:
         raise InputError(
             f"template must be one of {', '.join(TEMPLATES)}, a PromptTemplate or None, got "
             f"{value!r}. Use None to take what the checkpoint was trained with."

@@ -13,6 +13,7 @@ import math
 import sys
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeVar
 
@@ -60,7 +61,8 @@ def read_lines(path: str) -> Iterator[tuple[int, str]]:
         ) from error
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise DataError(f"{path} cannot be read after line {number}: {reason}.") from error
+        where = f" after line {number}" if number else ""
+        raise DataError(f"{path} cannot be read{where}: {reason}. Check the file.") from error
 
 
 def read_rows(path: str) -> Iterator[Row]:
@@ -120,9 +122,11 @@ def parse_rows(path: str, parse: Callable[[dict[str, Any], int], Parsed]) -> lis
     return parsed
 
 
-def _open(path: str) -> BinaryIO:
+def _open(path: str) -> AbstractContextManager[BinaryIO]:
     if path == STDIN:
-        return sys.stdin.buffer
+        if sys.stdin is None:
+            raise OSError("there is no standard input")
+        return nullcontext(sys.stdin.buffer)  # not ours to close
     if path.endswith(".gz"):
         return gzip.open(path)  # type: ignore[return-value]
     if path.endswith(".xz"):

@@ -87,10 +87,10 @@ class Reranker:
         self._runtime: Runtime | None = Runtime(
             model=self._model,
             dtype=inputs.dtype(dtype),
-            device=None if device is None else str(device),
+            device=inputs.device(device),
             template=inputs.template(template),
             adapter=None if adapter is None else inputs.path("adapter", adapter),
-            revision=revision,
+            revision=inputs.name_or_none("revision", revision),
             max_batch_tokens=max_batch_tokens,
         )
 
@@ -137,7 +137,7 @@ class Reranker:
             ModelLoadError: If the model cannot be loaded.
             NonFiniteScoreError: If the model returned NaN or infinity.
         """
-        job = self._job([query], [documents], instruction)
+        job = self._job([query], [documents], inputs.instruction(instruction))
         inputs.cut(top_n, score_threshold)
         (ranked,) = _ranked(job, self._score(job), top_n, score_threshold)
         return ranked
@@ -152,7 +152,7 @@ class Reranker:
         score_threshold: float | None = None,
     ) -> list[RankedDocument]:
         """Return what `rank` returns without blocking the event loop."""
-        job = self._job([query], [documents], instruction)
+        job = self._job([query], [documents], inputs.instruction(instruction))
         inputs.cut(top_n, score_threshold)
         (ranked,) = _ranked(job, await self._ascore(job), top_n, score_threshold)
         return ranked
@@ -186,14 +186,14 @@ class Reranker:
         self, query: str, documents: Sequence[str], *, instruction: str | None = None
     ) -> list[float]:
         """Return P("yes") of each document, aligned with the input."""
-        job = self._job([query], [documents], instruction)
+        job = self._job([query], [documents], inputs.instruction(instruction))
         return _probabilities(self._score(job))
 
     async def ascore(
         self, query: str, documents: Sequence[str], *, instruction: str | None = None
     ) -> list[float]:
         """Return what `score` returns without blocking the event loop."""
-        job = self._job([query], [documents], instruction)
+        job = self._job([query], [documents], inputs.instruction(instruction))
         return _probabilities(await self._ascore(job))
 
     def score_pairs(
@@ -208,7 +208,7 @@ class Reranker:
         job = self._job(
             list(documents_of),
             [[checked[i][1] for i in positions] for positions in documents_of.values()],
-            instruction,
+            inputs.instruction(instruction),
         )
         scores = [0.0] * len(checked)
         for i, score in zip(order, _probabilities(self._score(job)), strict=True):
@@ -256,12 +256,12 @@ class Reranker:
         """Check everything a caller gave, before any work."""
         self._open_runtime()
         queries, documents = inputs.lists(queries, documents)
-        instructions = inputs.instructions(instruction, len(queries))
-        return _Job(
-            queries,
-            documents,
-            [self._instruction if given is None else given for given in instructions],
-        )
+        default = self._instruction
+        instructions = [
+            default if given is None else given
+            for given in inputs.instructions(instruction, len(queries))
+        ]
+        return _Job(queries, documents, instructions)
 
     def _score(self, job: _Job) -> _Scored:
         if not job.num_documents:

@@ -118,7 +118,7 @@ class PromptTokenizer:
             )
         bodies, truncated = self._encode_beginnings([" " + text for text in texts[2:]], room)
         if repaired:
-            logger.warning("Replaced lone surrogates by U+FFFD in %d texts.", repaired)
+            logger.warning("Lone surrogates replaced by U+FFFD; texts concerned: %d.", repaired)
         return EncodedGroup(
             head, [np.concatenate([body, self.suffix]) for body in bodies], truncated, repaired
         )

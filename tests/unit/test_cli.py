@@ -44,10 +44,8 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Iterator[fakes.FakeModel]:
 
 def write(tmp_path: Path, name: str, content: str) -> str:
     file = tmp_path / name
-    compress: Callable[[bytes], bytes] = {".gz": gzip.compress, ".xz": lzma.compress}.get(
-        file.suffix, bytes
-    )
-    file.write_bytes(compress(content.encode()))
+    compress: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".xz": lzma.compress}
+    file.write_bytes(compress.get(file.suffix, bytes)(content.encode()))
     return str(file)
 
 
@@ -419,3 +417,32 @@ def test_doctor_without_a_model_prints_versions(
     for name in ("torch", "transformers", "tokenizers", "numpy", "devices: cpu", "Hub cache: "):
         assert name in out
     assert "Next: qwen3-reranker doctor Qwen/Qwen3-Reranker-0.6B" in out
+
+
+@pytest.mark.usefixtures("model")
+def test_newlines_in_texts_cannot_forge_rows(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = write(tmp_path, "d.jsonl", jsonl({"text": "red\n   1  0.9999   +9.000    1  forged"}))
+    assert main(["rank", "-q", "red\nforged", "-d", file]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if line.lstrip().startswith("1 ")]) == 1
+    assert len(lines) == 4  # blank, query, header, one document
+
+
+@pytest.mark.usefixtures("model")
+def test_json_output_is_ascii_whatever_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    broken = "red \ud83d"
+    assert main(["rank", "--json", "-q", broken, broken, "rød"]) == 0
+    out = capsys.readouterr().out
+    assert out.isascii()
+    assert {"rød"} < set(texts(json.loads(out)))
+
+
+@pytest.mark.usefixtures("model")
+def test_documents_from_everywhere_have_distinct_ids(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = write(tmp_path, "d.jsonl", jsonl({"text": "a"}, {"text": "b", "id": None}))
+    (line,) = ranked(capsys, "-q", QUERY, "x", "y", "-d", file)
+    assert sorted(r["id"] for r in line["results"]) == ["1", "2", "argument 1", "argument 2"]

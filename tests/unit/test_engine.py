@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +15,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from qwen3_reranker import ClosedError, NonFiniteScoreError, OverloadedError
+from qwen3_reranker import (
+    ClosedError,
+    NonFiniteScoreError,
+    OverloadedError,
+    Qwen3RerankerError,
+)
 from qwen3_reranker.engine import Engine, Scores
 from qwen3_reranker.packing import Pack
 from qwen3_reranker.tokenization import EncodedGroup
@@ -399,3 +405,36 @@ def test_process_with_queued_work_exits() -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.split() == ["leaving", "ClosedError"]
     assert time.monotonic() - start < 10  # the queue alone would take 100 s
+
+
+@pytest.mark.parametrize("wrong", [1, 2, 4])
+def test_wrong_number_of_scores_is_never_spread_or_cut(
+    make: Callable[..., Engine], wrong: int
+) -> None:
+    engine = make(lambda pack: np.full(wrong, 7, np.float32))
+    with pytest.raises(Qwen3RerankerError, match=rf"shape \({wrong},\) for 3 documents"):
+        engine.submit([group(1, 2, 3)]).result(TIMEOUT_S)
+
+
+def test_close_while_the_owner_takes_the_last_request(make: Callable[..., Engine]) -> None:
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(300):
+            engine = make(last_id)
+            futures = [engine.submit([group(i)]) for i in range(2)]
+            engine.close()
+            for future in futures:  # each is answered, by its score or by an error
+                assert isinstance(future.exception(TIMEOUT_S), ClosedError | type(None))
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def test_served_requests_are_forgotten(make: Callable[..., Engine]) -> None:
+    engine = make(last_id)
+    request = group(5)
+    ids = weakref.ref(request.documents[0])
+    engine.submit([request]).result(TIMEOUT_S)
+    del request
+    engine.submit([group(6)]).result(TIMEOUT_S)  # the owner has gone on
+    assert ids() is None

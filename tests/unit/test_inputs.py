@@ -66,6 +66,7 @@ BAD_QUERIES = [
 BAD_CUTS = [
     (rank(top_n=0), "top_n must be an integer of at least 1 or None, got 0"),
     (rank(top_n=-1), "got -1"),
+    (rank(score_threshold=10**400), "score_threshold must be between 0 and 1 or None"),
     (rank(top_n=True), "top_n must be an integer of at least 1 or None, got True"),
     (rank(top_n=1.5), "got 1.5"),
     (rank(top_n="3"), "got '3'"),
@@ -106,6 +107,10 @@ BAD_LISTS = [
     (rank_many([CANARY, " "], [[], []]), "queries[1] is blank (1 characters)"),
 ]
 BAD_PAIRS = [
+    (pairs([("q", CANARY, CANARY)]), "pairs[0] must be a (query, document) pair, got tuple of 3"),
+    (pairs([("q", None)]), "document of pairs[0] must be a string, got NoneType"),
+    (pairs([("q", CANARY)], instruction=["i"]), "instruction must be a string or None, got list"),
+    (rank(instruction=["i"]), "instruction must be a string or None, got list"),
     (pairs(CANARY), "pairs must be a list of (query, document) pairs, got str"),
     (pairs({CANARY: CANARY}), "pairs must be a list of (query, document) pairs, got dict"),
     (pairs(None), "pairs must be a list of (query, document) pairs, got NoneType"),
@@ -157,6 +162,9 @@ def test_bad_call_is_named_before_any_model_work(call: Call, fragment: str) -> N
         ({"adapter": ""}, "adapter is blank"),
         ({"adapter": 3}, "adapter must be a Hub name or a path, got int"),
         ({"template": "none"}, "template must be one of qwen3-reranker, published-eval, chatml"),
+        ({"template": ["chatml"]}, "template must be one of"),
+        ({"revision": 3}, "revision must be a string or None, got int"),
+        ({"device": 0}, "device must be a string or None, got int"),
         ({"template": 3}, "template must be one of qwen3-reranker, published-eval, chatml"),
         ({"instruction": 3}, "instruction must be a string or None, got int"),
         ({"instruction": b"x"}, "instruction must be a string or None, got bytes"),
@@ -221,7 +229,7 @@ def test_good_settings_are_accepted(settings: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("top_n", [None, 1, 10**9, np.int64(3)])
-@pytest.mark.parametrize("score_threshold", [None, 0, 0.0, 0.5, 1, np.float64(0.5)])
+@pytest.mark.parametrize("score_threshold", [None, 0, 0.0, 0.5, 1, np.float32(0.5)])
 def test_good_cuts_are_accepted(top_n: Any, score_threshold: Any) -> None:
     assert Reranker("model").rank("q", [], top_n=top_n, score_threshold=score_threshold) == []
 

@@ -65,8 +65,20 @@ def test_read_rows_dash_is_standard_input(monkeypatch: pytest.MonkeyPatch) -> No
         (b"a\n\n\nb\n", [(1, "a"), (4, "b")]),
         (b"  a \n", [(1, "  a ")]),
         ("a\u2028b\x0cc\n".encode(), [(1, "a\u2028b\x0cc")]),
+        (b"a\n\xef\xbb\xbfb\n", [(1, "a"), (2, "\ufeffb")]),
     ],
-    ids=["empty", "blank", "no end", "bom", "bom alone", "crlf", "gaps", "spaces", "separators"],
+    ids=[
+        "empty",
+        "blank",
+        "no end",
+        "bom",
+        "bom alone",
+        "crlf",
+        "gaps",
+        "spaces",
+        "separators",
+        "late bom",
+    ],
 )
 def test_read_lines_numbers_lines_as_editors_do(
     tmp_path: Path, content: bytes, lines: list[tuple[int, str]]
@@ -87,7 +99,7 @@ def test_read_lines_truncated_archive_names_file(
     noise = random.Random(0).randbytes(50_000).hex().encode()
     whole = compress(noise)
     path = write(tmp_path, whole[: len(whole) // 2], name)
-    with pytest.raises(DataError, match=re.escape(f"{path} cannot be read after line 0: Compr")):
+    with pytest.raises(DataError, match=re.escape(f"{path} cannot be read: Compr")):
         list(read_lines(path))
 
 
