@@ -83,7 +83,7 @@ def read_config(folder: Path, gguf_file: str | None) -> Any:
     except Exception as error:
         raise ModelLoadError(
             f"the configuration of '{folder}' cannot be read ({type(error).__name__}). Fetch the "
-            "checkpoint again; a GGUF file needs the package gguf."
+            'checkpoint again; GGUF files need: pip install "qwen3-reranker[gguf]"'
         ) from error
     _refuse_decoder(config.model_type, folder)
     if not config.architectures:  # GGUF files do not say

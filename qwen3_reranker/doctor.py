@@ -21,6 +21,7 @@ from . import __version__, checkpoint
 from .loading import cpu_has_bfloat16
 from .prompt import PromptTemplate
 from .reranker import Reranker
+from .results import probability
 
 _SHOWN = ("torch", "transformers", "tokenizers", "numpy", "huggingface-hub")
 _OPTIONAL = ("peft", "gguf", "langchain-core", "llama-index-core", "trl", "datasets")
@@ -32,6 +33,8 @@ _GRAVITY = (
 )
 _CHINA = "What is the capital of China?"
 
+_PLANET = "Which planet is known as the Red Planet?"
+
 # Published P(yes) of Qwen3-Reranker-0.6B in float32 and their sources.
 _GOLDENS = (
     (_CHINA, _BEIJING, 0.9994982, "Qwen3-Embedding issue 64"),
@@ -39,6 +42,30 @@ _GOLDENS = (
     (_CHINA, "The capital of China is Tianjin.", 0.9983009, "Qwen3-Embedding issue 64"),
     (_CHINA, "The capital of China is Shanghai.", 0.9993713, "Qwen3-Embedding issue 64"),
     (_CHINA, "The capital of Korea is Seoul.", 0.00103, "text-embeddings-inference issue 835"),
+    (
+        _PLANET,
+        "Venus is often called Earth's twin because of its similar size and proximity.",
+        probability(-3.109298),
+        "sentence-transformers tests",
+    ),
+    (
+        _PLANET,
+        "Mars, known for its reddish appearance, is often referred to as the Red Planet.",
+        probability(7.120390),
+        "sentence-transformers tests",
+    ),
+    (
+        _PLANET,
+        "Jupiter, the largest planet in our solar system, has a prominent red spot.",
+        probability(-0.378755),
+        "sentence-transformers tests",
+    ),
+    (
+        _PLANET,
+        "Saturn, famous for its rings, is sometimes mistaken for the Red Planet.",
+        probability(3.541637),
+        "sentence-transformers tests",
+    ),
 )
 _PAIRS = (
     *((query, document) for query, document, _, _ in _GOLDENS),
@@ -109,7 +136,7 @@ def examine(
     lines += ["", "pair  official P  our P      log-odds: official     ours  difference"]
     for i, (theirs, mine) in enumerate(zip(official, ours, strict=True)):
         lines.append(
-            f"{i:4d}  {_sigmoid(theirs):10.6f} {_sigmoid(mine):10.6f} "
+            f"{i:4d}  {probability(theirs):10.6f} {probability(mine):10.6f} "
             f"{theirs:19.6f} {mine:10.6f} {mine - theirs:+.1e}"
         )
     largest = max(abs(mine - theirs) for theirs, mine in zip(official, ours, strict=True))
@@ -120,9 +147,10 @@ def examine(
         f"largest difference {largest:.1e} in log-odds, bound {bound:g} for {decoder_dtype}: "
         + ("as it should be" if is_healthy else "TOO LARGE, please report this model")
     )
-    lines += ["", "published P(yes) of Qwen/Qwen3-Reranker-0.6B in float32, and this model's:"]
+    lines += ["", "P(yes) published for Qwen/Qwen3-Reranker-0.6B in float32, and of this model:"]
     for i, (_, _, published, source) in enumerate(_GOLDENS):
-        lines.append(f"{i:4d}  {published:10.6f} {_sigmoid(ours[i]):10.6f}  {source}")
+        lines.append(f"{i:4d}  {published:10.6f} {probability(ours[i]):10.6f}  {source}")
+    lines.append("(another checkpoint or dtype has other scores)")
     return Report(lines, is_healthy)
 
 
@@ -151,10 +179,6 @@ def _official_log_odds(
             yes, no = logits[-1, list(answers)].tolist()
             scores.append(yes - no)
     return scores
-
-
-def _sigmoid(log_odds: float) -> float:
-    return float(torch.sigmoid(torch.tensor(log_odds, dtype=torch.float64)))
 
 
 def _cpu_kind() -> str:

@@ -64,10 +64,10 @@ def smollm2_folder() -> Path:
         )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as partial:
-            model.save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
-            shutil.copytree(partial, target)
+        partial = tempfile.mkdtemp(dir=CACHE)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        os.rename(partial, target)
     return target
 
 

@@ -172,6 +172,23 @@ def test_hub_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) ->
         load_model("Qwen/not-in-the-cache")
 
 
+def test_hub_name_loads_from_the_cache(
+    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "models--org--tiny-reranker"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(checkpoint(), repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    expected = log_odds(checkpoint())
+    assert log_odds("org/tiny-reranker") == expected
+    assert log_odds("org/tiny-reranker", revision=commit) == expected
+    with pytest.raises(ModelLoadError, match="could not be fetched"):
+        log_odds("org/tiny-reranker", revision="v2")
+
+
 def test_self_test_refuses_a_decoder_that_does_not_pack(
     checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
