@@ -22,11 +22,6 @@ from .packing import Pack, Span
 
 NAME = "qwen3_reranker_pack"
 
-# Above this length, and twice the head's, a document is attended together with its head and
-# without a mask: the kernel then skips the upper triangle, which pays for the head's queries
-# computed again (measured on CPU: equal at 500 tokens, 1.6 times faster at 2,000).
-_MASKLESS_FROM = 512
-
 
 def packed_attention(
     module: torch.nn.Module,
@@ -75,14 +70,13 @@ def _attend_documents(
     outputs = [_causal(query[:, :, head], key[:, :, head], value[:, :, head], scaling)]
     num_head = head.stop - head.start
     lengths = [document.stop - document.start for document in span.documents]
-    maskless_from = max(_MASKLESS_FROM, 2 * num_head)
-    longest = max((length for length in lengths if length < maskless_from), default=0)
+    longest = max((n for n in lengths if not _skips_mask(num_head, n)), default=0)
     # Row i of a document sees the head and its own tokens 0..i; a shorter one uses a corner.
     mask = query.new_ones(longest, num_head + longest, dtype=torch.bool).tril(num_head)
     for document, length in zip(span.documents, lengths, strict=True):
         keys = torch.cat([key[:, :, head], key[:, :, document]], dim=2)
         values = torch.cat([value[:, :, head], value[:, :, document]], dim=2)
-        if length < maskless_from:
+        if not _skips_mask(num_head, length):
             corner = mask[:length, : num_head + length]
             outputs.append(
                 sdpa(
@@ -98,6 +92,15 @@ def _attend_documents(
             queries = torch.cat([query[:, :, head], query[:, :, document]], dim=2)
             outputs.append(_causal(queries, keys, values, scaling)[:, :, num_head:])
     return torch.cat(outputs, dim=2)
+
+
+def _skips_mask(num_head: int, length: int) -> bool:
+    """Say whether a document is attended together with its head and without a mask.
+
+    The kernel then skips the upper triangle, which pays for the head's queries computed again:
+    `python -m benchmarks.choices` finds both equal at 500 tokens, and this ahead beyond.
+    """
+    return length >= max(512, 2 * num_head)
 
 
 def _attend_padded(

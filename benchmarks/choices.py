@@ -1,0 +1,113 @@
+"""The measurements behind two constants: tokens per pack on CPU, and where masks stop paying.
+
+Decides nothing itself; prints what `loading._CPU_BATCH_TOKENS` and `attention._skips_mask` were
+chosen by. Random weights and ids, process CPU seconds, minimum of interleaved rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+from qwen3_reranker import attention
+from qwen3_reranker.loading import load_model
+from qwen3_reranker.packing import Group, Pack, Seat, build_pack, plan_packs
+from tests.real_parts import QWEN3_0_6B, save_random_qwen3
+
+BUDGETS = (512, 1024, 2048, 4096, 8192)
+SHAPES = ((75, 39), (75, 130), (75, 500), (75, 2000), (1000, 60), (1000, 2000))
+HEADS, KEY_HEADS, HEAD_SIZE = 16, 8, 128
+
+
+def fastest(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Return the least CPU seconds of each contender, taken in turn."""
+    least = dict.fromkeys(contenders, float("inf"))
+    for _ in range(rounds):
+        for name, run in contenders.items():
+            start = time.process_time()
+            run()
+            least[name] = min(least[name], time.process_time() - start)
+    return least
+
+
+def measure_budgets(rounds: int, num_documents: int) -> None:
+    """Print the cost of one query's documents by the token budget of a pack."""
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(np.log(110), 0.6, num_documents), 40, 400).astype(int)
+
+    def draw(length: int) -> np.ndarray:
+        return rng.integers(0, 150_000, length).astype(np.int32)
+
+    groups = [Group(draw(75), [draw(length + 9) for length in lengths])]
+    with tempfile.TemporaryDirectory() as folder:
+        save_random_qwen3(Path(folder), num_hidden_layers=4, **QWEN3_0_6B)
+        network = load_model(folder, dtype="float32", device="cpu").network
+    packs: dict[str, list[Pack]] = {
+        str(budget): [
+            build_pack(groups, seats, backend="documents")
+            for seats in plan_packs(groups, max_batch_tokens=budget)
+        ]
+        for budget in BUDGETS
+    }
+    least = fastest(
+        {name: lambda row=row: [network.score(p) for p in row] for name, row in packs.items()},
+        rounds,
+    )
+    print(f"\n{num_documents} documents, 4 layers of 0.6B widths, float32")
+    print("budget  packs  tokens  CPU s")
+    for name, row in packs.items():
+        tokens = sum(len(pack.token_ids) for pack in row)
+        print(f"{name:>6}  {len(row):5d}  {tokens:6d}  {least[name]:5.2f}")
+
+
+def measure_masks(rounds: int) -> None:
+    """Print the cost of one layer's attention with a mask and without, by length."""
+    print("\nhead  document  masked ms  maskless ms   (two equal documents, float32, per call)")
+    generator = torch.Generator().manual_seed(0)
+    for head, length in SHAPES:
+        ids = [np.zeros(n, np.int32) for n in (head, length, length)]
+        pack = build_pack([Group(ids[0], [*ids[1:]])], [Seat(0, (0, 1))], backend="documents")
+        query, key, value = (
+            torch.randn(1, heads, len(pack.token_ids), HEAD_SIZE, generator=generator)
+            for heads in (HEADS, KEY_HEADS, KEY_HEADS)
+        )
+
+        def attend(
+            skips: bool,
+            tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = (query, key, value),
+            pack: Pack = pack,
+        ) -> None:
+            with patch.object(attention, "_skips_mask", lambda head, length: skips):
+                attention.BACKENDS["documents"](*tensors, pack.spans[0], HEAD_SIZE**-0.5)
+
+        least = fastest(
+            {"masked": partial(attend, False), "maskless": partial(attend, True)}, rounds
+        )
+        print(
+            f"{head:4d}  {length:8d}  {1e3 * least['masked']:9.1f}  {1e3 * least['maskless']:11.1f}"
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.choices", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--documents", type=int, default=50)
+    args = parser.parse_args(argv)
+    with torch.inference_mode():
+        measure_masks(args.rounds)
+        measure_budgets(args.rounds, args.documents)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
