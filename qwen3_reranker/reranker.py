@@ -7,6 +7,7 @@ when a model is first needed.
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -269,7 +270,7 @@ class Reranker:
         encoded, engine = self._encode(job)
         with tqdm(
             total=job.num_documents, unit=" documents", desc="Reranking",
-            delay=_PROGRESS_AFTER_S, disable=None, leave=False,
+            delay=_PROGRESS_AFTER_S, disable=not _is_watched(), leave=False,
         ) as bar:  # fmt: skip
             future = engine.submit(encoded, progress=bar.update)
             try:
@@ -320,6 +321,11 @@ class Reranker:
                 self._usage.repaired + sum(group.num_repaired for group in encoded),
             )
         return _Scored([row.tolist() for row in scores.log_odds], truncated)
+
+
+def _is_watched() -> bool:
+    # Services run without stderr, where a bar would raise in the thread that scores.
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,10 @@ from __future__ import annotations
 import asyncio
 import copy
 import gc
+import io
 import logging
 import math
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -715,3 +717,28 @@ def test_close_fails_calls_that_wait_and_finishes_the_forward_in_flight(
         check_ranking(in_flight.result(10), FRUIT)
         closing.result(10)
     assert len(network.packs) == 1
+
+
+class Terminal(io.StringIO):
+    """Standard error that somebody watches."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_is_shown_on_a_terminal_only(
+    reranker: Reranker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwen3_reranker.reranker._PROGRESS_AFTER_S", 0)
+    for stderr, is_shown in ((Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr(sys, "stderr", stderr)
+        reranker.rank(HIGH, [LOW, HIGH])
+        assert ("Reranking" in stderr.getvalue()) is is_shown
+
+
+def test_long_job_without_stderr_is_scored(
+    reranker: Reranker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwen3_reranker.reranker._PROGRESS_AFTER_S", 0)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert len(reranker.rank(HIGH, [LOW, HIGH])) == 2
