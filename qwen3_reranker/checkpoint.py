@@ -14,10 +14,12 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
+from safetensors import safe_open
 
 from .attention import NAME as PACKED_ATTENTION
 from .errors import ModelLoadError
 
+_ADAPTER_FILE = "adapter_model.safetensors"
 _SUPPORTED = ("qwen3", "qwen2", "llama")
 # Their frequencies change with the longest position of a forward, so a score would depend on the
 # other documents of its pack.
@@ -97,15 +99,24 @@ def read_tokenizer(folder: Path, gguf_file: str | None) -> str:
     Raises:
         ModelLoadError: If there is none.
     """
-    if gguf_file is not None:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
-        return str(tokenizer.backend_tokenizer.to_str())
     file = folder / "tokenizer.json"
-    if not file.is_file():
+    try:
+        if file.is_file():  # also beside a GGUF file, whose own vocabulary is only a rebuilt one
+            return file.read_text(encoding="utf-8")
+        if gguf_file is None:
+            raise ModelLoadError(
+                f"'{folder}' has no tokenizer.json. Copy the one of the base model into it."
+            )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+    except (OSError, ValueError) as error:
         raise ModelLoadError(
-            f"'{folder}' has no tokenizer.json. Copy the one of the base model into it."
-        )
-    return file.read_text(encoding="utf-8")
+            f"the tokenizer of '{folder}' cannot be read ({type(error).__name__}). Copy the "
+            "tokenizer.json of the base model beside the weights."
+        ) from error
+    if "qwen" in type(tokenizer).__name__.lower():
+        state["normalizer"] = {"type": "NFC"}  # lost in a GGUF file; Qwen composes its text
+    return json.dumps(state)
 
 
 def read_weights(
@@ -152,6 +163,13 @@ def read_weights(
             f"{str(error).splitlines()[0] if str(error) else 'no message'}). Only complete "
             "safetensors or GGUF files load; fetch the checkpoint again."
         ) from error
+    heads = [key for key in report["unexpected_keys"] if key.startswith(("cls", "score"))]
+    if heads:
+        raise ModelLoadError(
+            f"the checkpoint in '{folder}' has a head of its own ({heads[0]}) that "
+            f"{config.architectures[0]} would leave out, so its scores would be others. Use the "
+            "safetensors checkpoint it was converted from."
+        )
     lacking = [*report["missing_keys"], *report["mismatched_keys"]]
     if lacking:
         raise ModelLoadError(
@@ -168,25 +186,50 @@ def merge_adapter(full: Any, folder: Path) -> Any:
     Raises:
         ModelLoadError: If the adapter has no safetensors file or does not fit the model.
     """
-    if not (folder / "adapter_model.safetensors").is_file():
+    if not (folder / _ADAPTER_FILE).is_file():
         raise ModelLoadError(
             f"adapter '{folder}' has no adapter_model.safetensors. Save it with "
             "save_pretrained; pickled weights are never read."
         )
     try:
-        from peft import PeftModel
+        from peft import PeftModel, get_peft_model_state_dict
     except ImportError as error:
         raise ModelLoadError(
             f"adapter '{folder}' needs peft, which is not installed. Run: "
             'pip install "qwen3-reranker[finetune]"'
         ) from error
+    _refuse_adapter(full, folder)
     try:
-        return PeftModel.from_pretrained(full, folder).merge_and_unload(safe_merge=True)
+        tuned = PeftModel.from_pretrained(full, folder)
+        wanted = set(get_peft_model_state_dict(tuned))
+        with safe_open(str(folder / _ADAPTER_FILE), "pt") as file:
+            stored = set(file.keys())
+        if wanted != stored:
+            raise ValueError(f"{len(wanted ^ stored)} tensors have no counterpart")
+        return tuned.merge_and_unload(safe_merge=True)
     except Exception as error:
         raise ModelLoadError(
             f"adapter '{folder}' does not fit the base model ({type(error).__name__}). Load it on "
             "the base it was trained on."
         ) from error
+
+
+def _refuse_adapter(full: Any, folder: Path) -> None:
+    """Refuse an adapter whose merge would lose its head or change tied weights it never saw."""
+    settings = read_json(folder / "adapter_config.json")
+    wanted = "CAUSAL_LM" if hasattr(full, "lm_head") else "SEQ_CLS"
+    problem = None
+    if settings.get("task_type") not in (wanted, None):
+        problem = f"it was trained for {settings['task_type']}, this base is {wanted}"
+    elif full.config.tie_word_embeddings and {"lm_head", "embed_tokens"} & set(
+        settings.get("target_modules") or ()
+    ):
+        problem = "it adapts an embedding that this base ties to its head, which no merge can keep"
+    if problem:
+        raise ModelLoadError(
+            f"adapter '{folder}' does not fit the base model: {problem}. Load it on the base it "
+            "was trained on, or train it without those modules."
+        )
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -196,9 +239,13 @@ def read_json(file: Path) -> dict[str, Any]:
         ModelLoadError: If it cannot be parsed.
     """
     try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelLoadError(f"'{file}' is not valid JSON. Fetch it again.") from error
+    if not isinstance(content, dict):
+        raise ModelLoadError(
+            f"'{file}' must hold an object, got {type(content).__name__}. Fetch it again."
+        )
     return content
 
 
@@ -217,11 +264,14 @@ def refuse_unsupported(config: Any, model: str) -> None:
         ModelLoadError: If the head, a layer or the rotary embedding is of a kind it is not for.
     """
     architecture = config.architectures[0]
+    family = {"qwen3": "Qwen3", "qwen2": "Qwen2", "llama": "Llama"}[config.model_type]
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     others = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     problem = None
-    if not architecture.endswith(("ForCausalLM", "ForSequenceClassification")):
+    if architecture not in (f"{family}ForCausalLM", f"{family}ForSequenceClassification"):
         problem = f"its architecture is {architecture}, which has no yes/no head"
+    elif getattr(config, "is_causal", None) is False:
+        problem = "its attention looks both ways (is_causal is false)"
     elif architecture.endswith("ForSequenceClassification") and config.num_labels != 1:
         problem = f"it classifies into {config.num_labels} labels, a reranker has one"
     elif others:

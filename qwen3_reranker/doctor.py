@@ -10,6 +10,7 @@ import gc
 import importlib.metadata
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,10 +129,11 @@ def examine(
         decoder_dtype: torch.dtype = loaded.network.decoder.dtype
         where = loaded.network.device
         answers = loaded.tokenizer.yes_id, loaded.tokenizer.no_id
-        ours = [reranker.rank(query, [document])[0].log_odds for query, document in _PAIRS]
+        pairs = _PAIRS if loaded.max_positions >= 1024 else _PAIRS[:-1]
+        ours = [reranker.rank(query, [document])[0].log_odds for query, document in pairs]
         del loaded
     gc.collect()  # the two models need not fit beside each other
-    official = _official_log_odds(model, prompt, decoder_dtype, where, answers)
+    official = _official_log_odds(model, prompt, decoder_dtype, where, answers, pairs)
 
     lines += ["", "pair  official P  our P      log-odds: official     ours  difference"]
     for i, (theirs, mine) in enumerate(zip(official, ours, strict=True)):
@@ -161,15 +163,16 @@ def _official_log_odds(
     dtype: torch.dtype,
     device: torch.device,
     answers: tuple[int, int],
+    pairs: Sequence[tuple[str, str]],
 ) -> list[float]:
     folder, gguf_file = checkpoint.locate(model, None)
     config = checkpoint.read_config(folder, gguf_file)
     full = checkpoint.read_weights(folder, gguf_file, config, dtype, attention="sdpa")
-    full.to(device, dtype).eval()
+    full.to(device).eval()  # not the dtype, which would round the rotary buffers too
     tokenizer = Tokenizer.from_str(checkpoint.read_tokenizer(folder, gguf_file))
     tokenizer.no_truncation()
     scores = []
-    for query, document in _PAIRS:
+    for query, document in pairs:
         prompt = template.render(template.default_instruction, query, document)
         ids = tokenizer.encode(prompt, add_special_tokens=False).ids
         logits = full(input_ids=torch.tensor([ids], device=device)).logits[0]

@@ -7,10 +7,11 @@ Decides when packs run and whose scores they are. Knows nothing of text, and of 
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -37,11 +38,24 @@ class Scores:
     tokens: int
 
 
+class ScoresFuture(Future[Scores]):
+    """A request's result; abandoning it stops the work even between packs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.abandoned = threading.Event()
+
+    def abandon(self) -> None:
+        """Drop the request if it waits, or after the forward in flight if it runs."""
+        self.abandoned.set()
+        self.cancel()
+
+
 @dataclass(frozen=True, slots=True)
 class _Request:
     groups: Sequence[EncodedGroup]
     progress: Progress | None
-    future: Future[Scores] = field(default_factory=Future)
+    future: ScoresFuture = field(default_factory=ScoresFuture)
 
 
 class Engine:
@@ -68,73 +82,94 @@ class Engine:
         self._backend = backend
         self._max_batch_tokens = max_batch_tokens
         self._max_attention_tokens = max_attention_tokens
-        self._waiting: queue.Queue[_Request | None] = queue.Queue()
+        # Its put is reentrant, so that `stop` may run in a finaliser, in whatever thread and
+        # wherever the garbage collector happens to call it.
+        self._waiting: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._max_waiting = max_waiting
-        self._lock = threading.Lock()  # of `_is_closed` and of puts, so that none follows the stop
         self._is_closed = False
+        self._pid = os.getpid()
         self._owner = threading.Thread(target=self._run, name="qwen3-reranker", daemon=True)
         self._owner.start()
 
     def submit(
         self, groups: Sequence[EncodedGroup], *, progress: Progress | None = None
-    ) -> Future[Scores]:
-        """Queue groups for scoring; cancelling the future drops them while they wait.
+    ) -> ScoresFuture:
+        """Queue groups for scoring.
 
         Raises:
             OverloadedError: If too many requests wait already.
-            ClosedError: If the engine is closed.
+            ClosedError: If the engine is closed, or the process was forked after it was made.
         """
+        if os.getpid() != self._pid:
+            raise ClosedError(
+                "this reranker's thread does not exist in a forked process. Make the reranker "
+                "after the fork, or start processes by spawn."
+            )
+        if self._waiting.qsize() >= self._max_waiting:
+            raise OverloadedError(
+                f"{self._max_waiting} calls wait already. Try again later, or send fewer at a time."
+            )
         request = _Request(groups, progress)
-        with self._lock:
-            if self._is_closed:
-                raise ClosedError("the reranker is closed. Make a new one.")
-            if self._waiting.qsize() >= self._max_waiting:
-                raise OverloadedError(
-                    f"{self._max_waiting} calls wait already. Try again later, or send fewer at "
-                    "a time."
-                )
+        if not self._is_closed:
             self._waiting.put(request)
+        # Closed meanwhile: the owner may have gone without it.
+        if self._is_closed and request.future.cancel():
+            raise ClosedError("the reranker is closed. Make a new one.")
         return request.future
 
+    def stop(self) -> None:
+        """Fail what waits and let the thread end after the forward in flight, unawaited."""
+        self._is_closed = True
+        self._fail_waiting()
+        self._waiting.put(None)
+
     def close(self) -> None:
-        """Stop the thread after the forward in flight; requests not yet scored fail."""
-        with self._lock:
-            if self._is_closed:
-                return
-            self._is_closed = True
-            abandoned = []
-            with contextlib.suppress(queue.Empty):  # the owner may take the last one meanwhile
-                while True:
-                    abandoned.append(self._waiting.get_nowait())
-            self._waiting.put(None)
-        for request in abandoned:
-            if request is not None and request.future.set_running_or_notify_cancel():
-                request.future.set_exception(
-                    ClosedError("the reranker was closed while this call waited.")
-                )
+        """Stop the thread and wait for its end; requests not yet scored fail."""
+        self.stop()
         if threading.current_thread() is not self._owner:
             self._owner.join()
 
     def _run(self) -> None:
         while self._serve_next():
             pass
+        self._fail_waiting()
+
+    def _fail_waiting(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                request = self._waiting.get_nowait()
+                if request is not None and request.future.set_running_or_notify_cancel():
+                    request.future.set_exception(
+                        ClosedError("the reranker was closed while this call waited.")
+                    )
 
     def _serve_next(self) -> bool:
         """Serve one request and forget it before waiting again; return False to stop."""
         request = self._waiting.get()
         if request is None:
             return False
-        if request.future.set_running_or_notify_cancel():
+        future = request.future
+        if future.set_running_or_notify_cancel():
             try:
-                scores = self._scores(request)
+                if self._is_closed:
+                    raise ClosedError("the reranker was closed while this call waited.")
+                scores = self._scores(request.groups, request.progress, future.abandoned)
             except BaseException as error:
-                request.future.set_exception(error)
+                future.set_exception(error)
             else:
-                request.future.set_result(scores)
+                future.set_result(scores)
+        # The error's traceback holds this frame: without the names it holds no future, hence no
+        # cycle, and what a failed forward left behind is freed at once.
+        del request, future
         return True
 
-    def _scores(self, request: _Request) -> Scores:
-        merged, places = merge_duplicates(request.groups)
+    def _scores(
+        self,
+        groups: Sequence[EncodedGroup],
+        progress: Progress | None,
+        abandoned: threading.Event,
+    ) -> Scores:
+        merged, places = merge_duplicates(groups)
         log_odds = [np.full(len(group.documents), np.nan, np.float32) for group in merged]
         tokens = 0
         for seats in plan_packs(
@@ -144,6 +179,8 @@ class Engine:
         ):
             if self._is_closed:
                 raise ClosedError("the reranker was closed while this call was scored.")
+            if abandoned.is_set():
+                raise CancelledError
             pack = build_pack(merged, seats, backend=self._backend)
             scored = self._score(pack)
             if scored.shape != (len(pack.last_tokens),):
@@ -158,8 +195,8 @@ class Engine:
                 log_odds[seat.group][list(seat.documents)] = scored[start:stop]
                 start = stop
             tokens += len(pack.token_ids)
-            if request.progress is not None:
-                request.progress(stop)
+            if progress is not None:
+                progress(stop)
         aligned = [np.array([log_odds[g][d] for g, d in row], np.float32) for row in places]
         _refuse_non_finite(aligned)
         return Scores(aligned, tokens)

@@ -25,12 +25,12 @@ class YesNoCrossEncoder(torch.nn.Module):
     Args:
         decoder: A transformers decoder with `embed_tokens`, `rotary_emb`, `layers` and `norm`,
             loaded with the attention of `attention.NAME`.
-        head: `W[yes] - W[no]` in float32, shape (hidden,).
+        head: `W[yes] - W[no]` in float32 on the decoder's device, shape (hidden,).
     """
 
     decoder: Any  # no type in transformers says what its decoders have in common
 
-    def __init__(self, decoder: torch.nn.Module, head: torch.Tensor) -> None:
+    def __init__(self, decoder: Any, head: torch.Tensor) -> None:
         super().__init__()
         self.decoder = decoder
         # A plain attribute, so that casting the module never touches the row's float32.
@@ -39,8 +39,7 @@ class YesNoCrossEncoder(torch.nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the packs go."""
-        device: torch.device = self.decoder.embed_tokens.weight.device
-        return device
+        return self.head.device
 
     def forward(self, pack: Pack) -> torch.Tensor:
         """Return the log-odds of each document of a pack.
@@ -85,4 +84,4 @@ class YesNoCrossEncoder(torch.nn.Module):
         last: torch.Tensor = self.decoder.norm(
             hidden[0, last_tokens].float()
         )  # (documents, hidden)
-        return last @ self.head.to(last.device)
+        return last @ self.head

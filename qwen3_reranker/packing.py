@@ -116,8 +116,9 @@ def plan_packs(
     Args:
         groups: Heads and distinct documents.
         max_batch_tokens: Limit of P + sum(L) over a pack, what the linear layers see.
-        max_attention_tokens: Limit of sum(P + L) over a pack's documents, for backends that copy
-            the head beside each document; None if the backend does not.
+        max_attention_tokens: Limit of sum(P + L) over a pack's documents, L being the longest of
+            its group there, for backends that copy the head beside each document and pad; None
+            if the backend does neither.
 
     Returns:
         Packs of seats; every document has exactly one seat.
@@ -140,20 +141,23 @@ def plan_packs(
         head = len(group.head)
         lengths = [len(document) for document in group.documents]
         seated: list[int] = []
-        if not fits(head + sum(lengths), sum(head + length for length in lengths), head) and pack:
+        widest = head + max(lengths, default=0)
+        if not fits(head + sum(lengths), len(lengths) * widest, head) and pack:
             packs.append(pack)
             pack, linear, attention = [], 0, 0
         for d in sorted(range(len(lengths)), key=lambda d: -lengths[d]):
             extra = lengths[d] if seated else head + lengths[d]
-            if not fits(extra, head + lengths[d], head) and (pack or seated):
+            # As wide as the seat's first and longest, because a padded backend fills up to it.
+            width = head + lengths[seated[0] if seated else d]
+            if not fits(extra, width, head) and (pack or seated):
                 if seated:
                     pack.append(Seat(g, tuple(seated)))
                 packs.append(pack)
                 pack, seated, linear, attention = [], [], 0, 0
-                extra = head + lengths[d]
+                extra = width = head + lengths[d]
             seated.append(d)
             linear += extra
-            attention += head + lengths[d]
+            attention += width
         if seated:
             pack.append(Seat(g, tuple(seated)))
     if pack:

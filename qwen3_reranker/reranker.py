@@ -10,7 +10,6 @@ import asyncio
 import sys
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 from tqdm import tqdm
 
 from . import inputs
-from .engine import Engine, Scores
+from .engine import Engine, Scores, ScoresFuture
 from .errors import ClosedError, InputError
 from .prompt import PromptTemplate
 from .results import RankedDocument, Usage, cut_ranking, probability, rank_documents
@@ -202,19 +201,12 @@ class Reranker:
     ) -> list[float]:
         """Return P("yes") of each (query, document), aligned; equal queries share their head."""
         checked = inputs.pairs(pairs)
-        documents_of: dict[str, list[int]] = {}
-        for i, (query, _) in enumerate(checked):
-            documents_of.setdefault(query, []).append(i)
-        order = [i for positions in documents_of.values() for i in positions]
         job = self._job(
-            list(documents_of),
-            [[checked[i][1] for i in positions] for positions in documents_of.values()],
+            [query for query, _ in checked],
+            [[document] for _, document in checked],
             inputs.instruction(instruction),
         )
-        scores = [0.0] * len(checked)
-        for i, score in zip(order, _probabilities(self._score(job)), strict=True):
-            scores[i] = score
-        return scores
+        return _probabilities(self._score(job))
 
     @property
     def usage(self) -> Usage:
@@ -268,29 +260,31 @@ class Reranker:
         if not job.num_documents:
             return _Scored.empty(job)
         encoded, engine = self._encode(job)
+        if not _is_watched():
+            return self._count(job, encoded, _wait(engine.submit(encoded)))
         with tqdm(
             total=job.num_documents, unit=" documents", desc="Reranking",
-            delay=_PROGRESS_AFTER_S, disable=not _is_watched(), leave=False,
+            delay=_PROGRESS_AFTER_S, leave=False,
         ) as bar:  # fmt: skip
-            future = engine.submit(encoded, progress=bar.update)
-            try:
-                return self._count(job, encoded, future.result())
-            except BaseException:  # KeyboardInterrupt, too, must not leave work behind
-                future.cancel()
-                raise
+            return self._count(job, encoded, _wait(engine.submit(encoded, progress=bar.update)))
 
     async def _ascore(self, job: _Job) -> _Scored:
         if not job.num_documents:
             return _Scored.empty(job)
         # Encoding a long text takes a while and loading a model longer: neither on the loop.
         encoded, engine = await asyncio.to_thread(self._encode, job)
-        future: Future[Scores] = engine.submit(encoded)
-        return self._count(job, encoded, await asyncio.wrap_future(future))
+        future = engine.submit(encoded)
+        try:
+            scores = await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            future.abandon()
+            raise
+        return self._count(job, encoded, scores)
 
     def _encode(self, job: _Job) -> tuple[list[EncodedGroup], Engine]:
         loaded, engine = self._open_runtime().load()
         limit = loaded.max_positions
-        if self._max_length > max(limit, DEFAULT_MAX_LENGTH):
+        if self._max_length > limit and self._max_length != DEFAULT_MAX_LENGTH:
             raise InputError(
                 f"max_length must be at most {limit} for this model, got {self._max_length}. It "
                 "has no positions beyond."
@@ -321,6 +315,14 @@ class Reranker:
                 self._usage.repaired + sum(group.num_repaired for group in encoded),
             )
         return _Scored([row.tolist() for row in scores.log_odds], truncated)
+
+
+def _wait(future: ScoresFuture) -> Scores:
+    try:
+        return future.result()
+    except BaseException:  # KeyboardInterrupt, too, must not leave work behind
+        future.abandon()
+        raise
 
 
 def _is_watched() -> bool:

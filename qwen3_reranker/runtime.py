@@ -55,6 +55,6 @@ class Runtime:
                 )
                 # Runs when the last user is gone, or at interpreter exit. The engine must not
                 # point back at the runtime, or the runtime would never be collected.
-                weakref.finalize(self, engine.close)
+                weakref.finalize(self, engine.stop)
                 self._loaded = loaded, engine
             return self._loaded

@@ -69,7 +69,12 @@ class PromptTokenizer:
     """
 
     def __init__(self, tokenizer_json: str, template: PromptTemplate | None = None) -> None:
-        control = Tokenizer.from_str(tokenizer_json)
+        try:
+            control = Tokenizer.from_str(tokenizer_json)
+        except Exception as error:  # the library raises bare Exception
+            raise ModelLoadError(
+                "tokenizer.json cannot be parsed. Copy the one of the base model again."
+            ) from error
         control.no_padding()
         control.no_truncation()
         added = {token.content: id for id, token in control.get_added_tokens_decoder().items()}

@@ -44,6 +44,47 @@ def test_gguf_file_scores_like_its_converted_folder(smollm2: Path) -> None:
     assert log_odds(real_parts.smollm2_gguf()) == pytest.approx(log_odds(smollm2), abs=5e-5)
 
 
+def test_gguf_tokenizer_of_qwen_composes_text_like_the_original(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    from qwen3_reranker.checkpoint import read_tokenizer
+    from qwen3_reranker.tokenization import PromptTokenizer
+
+    file = write_qwen3_gguf(checkpoint(), tmp_path / "tiny.gguf")
+    ours = PromptTokenizer(read_tokenizer(tmp_path, file.name))
+    original = PromptTokenizer((checkpoint() / "tokenizer.json").read_text())
+    for text in ("cafe\u0301", "\u1112\u1161\u11ab\u1100\u1173\u11af", *DOCUMENTS):
+        groups = [t.encode_group(None, "q", [text], max_length=512) for t in (ours, original)]
+        assert groups[0].documents[0].tolist() == groups[1].documents[0].tolist()
+
+
+def write_qwen3_gguf(folder: Path, file: Path) -> Path:
+    """Write the tokenizer of a checkpoint as a GGUF file without weights."""
+    import gguf
+
+    state = json.loads((folder / "tokenizer.json").read_text())
+    added = {token["content"]: token["id"] for token in state["added_tokens"]}
+    vocabulary = {**state["model"]["vocab"], **added}
+    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
+    control = gguf.TokenType.CONTROL
+    writer = gguf.GGUFWriter(file, "qwen3")
+    writer.add_block_count(1)
+    writer.add_context_length(512)
+    writer.add_embedding_length(8)
+    writer.add_feed_forward_length(8)
+    writer.add_head_count(1)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([control if t in added else gguf.TokenType.NORMAL for t in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in state["model"]["merges"]])
+    writer.add_eos_token_id(added["<|im_end|>"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return file
+
+
 def test_chat_template_in_the_folder_is_ignored(copy: Callable[..., Path]) -> None:
     folder = copy()
     expected = log_odds(folder)
@@ -79,6 +120,15 @@ def test_head_row_stays_float32_in_half_precision(checkpoint: Callable[..., Path
     assert torch.equal(half.head, exact)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_rotary_frequencies_stay_float32_in_half_precision(
+    checkpoint: Callable[..., Path], dtype: str
+) -> None:
+    decoder = load_model(str(checkpoint()), dtype=dtype).network.decoder
+    assert decoder.rotary_emb.inv_freq.dtype is torch.float32
+    assert {parameter.dtype for parameter in decoder.parameters()} == {getattr(torch, dtype)}
+
+
 def test_untied_head_comes_from_the_output_layer(checkpoint: Callable[..., Path]) -> None:
     loaded = load_model(str(checkpoint(tied=False)), dtype="float32")
     embedding = loaded.network.decoder.embed_tokens.weight
@@ -106,6 +156,8 @@ def test_untied_head_comes_from_the_output_layer(checkpoint: Callable[..., Path]
             "sliding_attention",
         ),
         ({"attn_logit_softcapping": 30.0}, "soft-capped"),
+        ({"is_causal": False}, "looks both ways"),
+        ({"architectures": ["Qwen3BidirectionalForCausalLM"]}, "no yes/no head"),
         (
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e6, "factor": 2.0}},
             "'dynamic'",
@@ -189,29 +241,30 @@ def test_hub_name_loads_from_the_cache(
         log_odds("org/tiny-reranker", revision="v2")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_self_test_refuses_a_decoder_that_does_not_pack(
-    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    smollm2: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from qwen3_reranker import attention
 
-    monkeypatch.setitem(attention.BACKENDS, "documents", _blind)
+    monkeypatch.setitem(attention.BACKENDS, "documents", _leaking)
     with pytest.raises(ModelLoadError, match="packed scores differ from plain ones"):
-        load_model(str(checkpoint()), dtype="float32")
+        load_model(str(smollm2), dtype=dtype)
 
 
-def _blind(query: Any, key: Any, value: Any, span: Any, scaling: float) -> torch.Tensor:
-    """Attend to nothing but the token itself."""
+def _leaking(query: Any, key: Any, value: Any, span: Any, scaling: float) -> torch.Tensor:
+    """Let documents see their neighbours."""
+    from qwen3_reranker.attention import _causal
+
     row = slice(span.head.start, span.documents[-1].stop)
-    repeat = query.shape[1] // value.shape[1]
-    result: torch.Tensor = value[:, :, row].repeat_interleave(repeat, dim=1)
-    return result
+    return _causal(query[:, :, row], key[:, :, row], value[:, :, row], scaling)
 
 
 def test_max_length_beyond_the_model_is_refused(checkpoint: Callable[..., Path]) -> None:
     folder = str(checkpoint(max_position_embeddings=512))
     with (
-        Reranker(folder, max_length=9000) as reranker,
-        pytest.raises(InputError, match="at most 512 for this model, got 9000"),
+        Reranker(folder, max_length=4000) as reranker,
+        pytest.raises(InputError, match="at most 512 for this model, got 4000"),
     ):
         reranker.rank("q", ["d"])
     with Reranker(folder) as reranker:
@@ -263,6 +316,14 @@ def test_adapter_is_merged_and_equals_the_live_one(
     assert ours == pytest.approx(tuned, abs=5e-5)
 
 
+def test_adapter_of_a_tied_head_is_refused(checkpoint: Callable[..., Path], adapter: Path) -> None:
+    file = adapter / "adapter_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({**settings, "target_modules": ["lm_head", "q_proj"]}))
+    with pytest.raises(ModelLoadError, match="ties to its head"):
+        load_model(str(checkpoint()), adapter=str(adapter))
+
+
 def test_adapter_without_a_record_warns(
     checkpoint: Callable[..., Path], adapter: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -293,7 +354,7 @@ def test_recorded_template_is_used(checkpoint: Callable[..., Path], adapter: Pat
         ),
         ({"template": {"id": "gone", "hash": "0"}}, None, "template 'gone'.*is unknown"),
         ({}, None, "no template id and hash"),
-        ([], None, "no template id and hash"),
+        ([], None, "must hold an object, got list"),
     ],
 )
 def test_adapter_refuses_another_prompt(
@@ -313,9 +374,11 @@ def test_adapter_refuses_another_prompt(
 def test_adapter_of_another_base_or_without_weights_is_refused(
     checkpoint: Callable[..., Path], adapter: Path
 ) -> None:
-    other = checkpoint(hidden_size=32)
-    with pytest.raises(ModelLoadError, match="does not fit the base model"):
-        load_model(str(other), adapter=str(adapter))
+    for other in ({"hidden_size": 32}, {"num_hidden_layers": 2}, {"num_hidden_layers": 6}):
+        with pytest.raises(ModelLoadError, match="does not fit the base model"):
+            load_model(str(checkpoint(**other)), adapter=str(adapter))
+    with pytest.raises(ModelLoadError, match="trained for CAUSAL_LM, this base is SEQ_CLS"):
+        load_model(str(checkpoint(architecture="ForSequenceClassification")), adapter=str(adapter))
     (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(ModelLoadError, match=r"no adapter_model\.safetensors"):
         load_model(str(checkpoint()), adapter=str(adapter))

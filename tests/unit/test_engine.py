@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import random
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -438,3 +439,45 @@ def test_served_requests_are_forgotten(make: Callable[..., Engine]) -> None:
     del request
     engine.submit([group(6)]).result(TIMEOUT_S)  # the owner has gone on
     assert ids() is None
+
+
+def test_abandoned_request_stops_after_the_forward_in_flight(
+    gate: Gate, make: Callable[..., Engine]
+) -> None:
+    engine = make(gate, max_batch_tokens=2)  # one document per pack
+    future = engine.submit([group(*range(1, 9))])
+    assert gate.started.wait(TIMEOUT_S)
+    future.abandon()
+    gate.open.set()
+    with pytest.raises(CancelledError):
+        future.result(TIMEOUT_S)
+    assert log_odds(engine.submit([group(5)])) == [[5]]
+    assert len(gate.forwards) == 2  # the one in flight, and the next caller's
+
+
+def test_failed_request_leaves_no_cycle(make: Callable[..., Engine]) -> None:
+    def fail(pack: Pack) -> NDArray[np.float32]:
+        raise ValueError("first forward")
+
+    engine = make(fail)
+    request = group(5)
+    ids = weakref.ref(request.documents[0])
+    gc.disable()
+    try:
+        with pytest.raises(ValueError, match="first forward"):
+            engine.submit([request]).result(TIMEOUT_S)
+        del request
+        with pytest.raises(ValueError, match="first forward"):
+            engine.submit([group(6)]).result(TIMEOUT_S)
+        assert ids() is None
+    finally:
+        gc.enable()
+
+
+def test_forked_process_is_told_at_once(
+    make: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make(last_id)
+    monkeypatch.setattr("os.getpid", lambda: -1)
+    with pytest.raises(ClosedError, match="forked process"):
+        engine.submit([group(1)])

@@ -10,7 +10,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from qwen3_reranker import (
     Scorer,
     Usage,
 )
-from qwen3_reranker.engine import Engine, Scores
+from qwen3_reranker.engine import Engine, Scores, ScoresFuture
 from qwen3_reranker.packing import Pack
 from tests import fakes
 from tests.invariants import check_ranking
@@ -386,16 +386,17 @@ def test_rank_raises_what_the_network_raised_and_works_again(
 
 
 def test_rank_interrupted_while_waiting_drops_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Interrupted(Future[Scores]):
+    class Interrupted(ScoresFuture):
         def result(self, timeout: float | None = None) -> Scores:
             raise KeyboardInterrupt
 
     future = Interrupted()
     with fakes.loaded(monkeypatch, fakes.FakeModel()) as engine:
-        monkeypatch.setattr(engine, "submit", lambda groups, progress: future)
+        monkeypatch.setattr(engine, "submit", lambda groups, **settings: future)
         with pytest.raises(KeyboardInterrupt):
             Reranker("model").rank(QUERY, FRUIT)
     assert future.cancelled()
+    assert future.abandoned.is_set()
 
 
 @pytest.mark.parametrize(

@@ -264,3 +264,9 @@ def test_tokenizer_whose_text_spells_a_control_token_is_refused() -> None:
 
     with pytest.raises(ModelLoadError, match="'<think>' as a control token"):
         PromptTokenizer(changed_tokenizer(change), TEMPLATES["chatml"])
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"model": {"type": "BPE"}}'])
+def test_broken_tokenizer_file_is_refused(content: str) -> None:
+    with pytest.raises(ModelLoadError, match=r"tokenizer\.json cannot be parsed"):
+        PromptTokenizer(content)
