@@ -136,6 +136,8 @@ class Reranker:
             InputError: If an argument cannot be used; nothing has been scored then.
             ModelLoadError: If the model cannot be loaded.
             NonFiniteScoreError: If the model returned NaN or infinity.
+            OverloadedError: If too many calls wait already.
+            ClosedError: If the reranker is closed before the call is scored.
         """
         job = self._job([query], [documents], inputs.instruction(instruction))
         inputs.cut(top_n, score_threshold)
