@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from qwen3_reranker.embedded import embedded_folder
 from tests import real_parts
 
 
@@ -29,8 +30,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """Return the folder of a real pretrained checkpoint."""
-    return real_parts.smollm2_folder()
+    """Return the folder of a real pretrained checkpoint, SmolLM2-135M-Instruct."""
+    return embedded_folder()
 
 
 @pytest.fixture(autouse=True)

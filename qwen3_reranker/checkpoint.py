@@ -17,6 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import safe_open
 
 from .attention import NAME as PACKED_ATTENTION
+from .embedded import EMBEDDED, embedded_folder
 from .errors import ModelLoadError
 
 _ADAPTER_FILE = "adapter_model.safetensors"
@@ -32,6 +33,8 @@ def locate(model: str, revision: str | None) -> tuple[Path, str | None]:
     Raises:
         ModelLoadError: If it is neither on disk nor to be had from the Hub.
     """
+    if model == EMBEDDED:
+        return embedded_folder(), None
     path = Path(model).expanduser()
     if path.is_dir():
         return path, None

@@ -9,23 +9,23 @@ import argparse
 import json
 import os
 import sys
-import unicodedata
 from collections.abc import Sequence
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .candidates import CandidateList, ndcg_at_10, read_candidates
-from .errors import InputError, Qwen3RerankerError
+from .embedded import EMBEDDED
+from .errors import InputError, MissingExtraError, Qwen3RerankerError
 from .jsonl import STDIN, parse_rows, read_lines
 from .prompt import TEMPLATES
 from .results import RankedDocument, cut_ranking
+from .terminal import WIDTH, fit
 
 if TYPE_CHECKING:
     from .reranker import Reranker
 
 _DEFAULT_MODEL = "Qwen/Qwen3-Reranker-0.6B"
-_WIDTH = 80
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,6 +50,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="qwen3-reranker", description=__doc__.splitlines()[0])
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
+
+    demo = commands.add_parser(
+        "demo",
+        help="rerank a small corpus in the core, LangChain and LlamaIndex; needs no connection",
+    )
+    demo.add_argument("-m", "--model", default=EMBEDDED, help="default: %(default)s")
+    demo.add_argument("--adapter", help="LoRA weights")
+    _add_device_options(demo)
+    demo.set_defaults(run=_demo)
 
     rank = commands.add_parser(
         "rank",
@@ -88,9 +97,27 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    _add_device_options(parser)
+    parser.add_argument("--template", choices=sorted(TEMPLATES), help="prompt, if not the detected")
+
+
+def _add_device_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--device", help="such as cpu or cuda:1")
-    parser.add_argument("--template", choices=sorted(TEMPLATES), help="prompt, if not the detected")
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    try:
+        from . import demo
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"the demo needs {error.name}, which is not installed. Run: "
+            'pip install "qwen3-reranker[demo]"'
+        ) from error
+    settings = {name: getattr(arguments, name) for name in ("adapter", "dtype", "device")}
+    for line in demo.lines(arguments.model, **settings):
+        print(line, flush=True)
+    return 0
 
 
 def _rank(arguments: argparse.Namespace) -> int:
@@ -188,14 +215,14 @@ def _as_json(candidates: CandidateList, ranking: list[RankedDocument]) -> dict[s
 
 
 def _print_table(candidates: CandidateList, ranking: list[RankedDocument]) -> None:
-    print("\n" + _fit(f"{candidates.query_id}: {candidates.query}"))
+    print("\n" + fit(f"{candidates.query_id}: {candidates.query}"))
     print("rank   score  log-odds  was  document")
     for rank, result in enumerate(ranking, 1):
         mark = "~" if result.truncated else " "
         start = (
             f"{rank:4d}  {result.score:.4f}  {result.log_odds:+8.3f} {result.index + 1:4d}{mark} "
         )
-        print(start + _fit(result.document, _WIDTH - len(start)))
+        print(start + fit(result.document, WIDTH - len(start)))
     if any(result.truncated for result in ranking):
         print("  ~ the end of this document was cut to --max-length")
 
@@ -226,21 +253,6 @@ def _print_summary(
             f"({len(judged)} queries with labels)"
         )
     print("\n" + "\n".join(lines), file=sys.stderr)
-
-
-def _fit(text: str, width: int = _WIDTH) -> str:
-    """Return the beginning of a text that fits a terminal line, without control characters."""
-    shown: list[str] = []
-    used = 0
-    for character in text:
-        if not character.isprintable():
-            character = " "
-        columns = 2 if unicodedata.east_asian_width(character) in "WF" else 1
-        if used + columns > width - 1:
-            return "".join(shown) + "…"
-        shown.append(character)
-        used += columns
-    return "".join(shown)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -6,10 +6,12 @@ Decides when packs run and whose scores they are. Knows nothing of text, and of 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
@@ -90,6 +92,8 @@ class Engine:
         self._pid = os.getpid()
         self._owner = threading.Thread(target=self._run, name="qwen3-reranker", daemon=True)
         self._owner.start()
+        _engines.add(self)
+        _owners.add(self._owner)
 
     def submit(
         self, groups: Sequence[EncodedGroup], *, progress: Progress | None = None
@@ -200,6 +204,20 @@ class Engine:
         aligned = [np.array([log_odds[g][d] for g, d in row], np.float32) for row in places]
         _refuse_non_finite(aligned)
         return Scores(aligned, tokens)
+
+
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+_owners: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+
+
+@atexit.register
+def _await_owners() -> None:
+    # The owner may hold the last reference to the weights. A thread that frees tensors while the
+    # interpreter shuts down aborts the process.
+    for engine in list(_engines):
+        engine.stop()
+    for owner in list(_owners):
+        owner.join()
 
 
 def _refuse_non_finite(log_odds: Sequence[NDArray[np.float32]]) -> None:

@@ -3,8 +3,10 @@
     Qwen3RerankerError
     ├── InputError (ValueError)            an argument of a call cannot be used
     ├── DataError (ValueError)             a line of a file cannot be used; names file and line
+    ├── MissingExtraError (ImportError)    an optional dependency is not installed
     ├── ModelLoadError (RuntimeError)      a checkpoint, tokenizer or adapter cannot be used
     ├── NonFiniteScoreError (RuntimeError) the model returned NaN or infinity
+    ├── RankingError (RuntimeError)        an object in a Reranker's place returned no ranking
     ├── OverloadedError (RuntimeError)     the queue of waiting calls is full; nothing was started
     └── ClosedError (RuntimeError)         the reranker was closed before the call was scored
 
@@ -27,12 +29,20 @@ class DataError(Qwen3RerankerError, ValueError):
     """A line of a data file cannot be used."""
 
 
+class MissingExtraError(Qwen3RerankerError, ImportError):
+    """An optional dependency is not installed; the message has the command that installs it."""
+
+
 class ModelLoadError(Qwen3RerankerError, RuntimeError):
     """A checkpoint, tokenizer, adapter or template cannot be used."""
 
 
 class NonFiniteScoreError(Qwen3RerankerError, RuntimeError):
     """The model returned NaN or infinity; a score is never invented in its place."""
+
+
+class RankingError(Qwen3RerankerError, RuntimeError):
+    """An object in the place of a `Reranker` lost, repeated or invented documents."""
 
 
 class OverloadedError(Qwen3RerankerError, RuntimeError):

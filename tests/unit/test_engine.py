@@ -408,6 +408,40 @@ def test_process_with_queued_work_exits() -> None:
     assert time.monotonic() - start < 10  # the queue alone would take 100 s
 
 
+EXIT_BEFORE_WEIGHTS_ARE_FREED = """
+import time
+import numpy as np
+from qwen3_reranker.engine import Engine
+from qwen3_reranker.tokenization import EncodedGroup
+
+class Weights:
+    def score(self, pack):
+        return np.zeros(len(pack.last_tokens), np.float32)
+    def __del__(self):
+        time.sleep(0.5)  # torch, too, lets other threads run while it frees
+        print("freed", flush=True)
+
+engine = Engine(Weights().score, backend="documents", max_batch_tokens=100)
+ids = np.array([1], np.int32)
+engine.submit([EncodedGroup(ids, [ids], [False], 0)]).result(10)
+engine.stop()
+del engine
+"""
+
+
+def test_process_waits_for_an_owner_that_frees_the_weights() -> None:
+    # Otherwise the interpreter ends the owner inside torch, which aborts the process.
+    done = subprocess.run(
+        [sys.executable, "-c", EXIT_BEFORE_WEIGHTS_ARE_FREED],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "freed\n")
+
+
 @pytest.mark.parametrize("wrong", [1, 2, 4])
 def test_wrong_number_of_scores_is_never_spread_or_cut(
     make: Callable[..., Engine], wrong: int

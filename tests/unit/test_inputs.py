@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qwen3_reranker import TEMPLATES, InputError, Reranker
+from qwen3_reranker import TEMPLATES, InputError, Reranker, inputs
 from tests import fakes
 
 CANARY = "CANARY text of a document"
@@ -86,7 +87,7 @@ BAD_INSTRUCTIONS = [
     (pairs([(CANARY, CANARY)], instruction={}), "instruction must be a string or None, got dict"),
     (
         rank_many([CANARY] * 3, [[]] * 3, instruction=[CANARY] * 2),
-        "instruction must be one string or one per query, got 2 for 3 queries",
+        "instruction must be one string or one per query, got 2 for 3 queries. Pass one string",
     ),
     (
         rank_many([CANARY] * 2, [[]] * 2, instruction=[None, 3]),
@@ -150,7 +151,7 @@ def test_bad_call_is_named_before_any_model_work(call: Call, fragment: str) -> N
         ({"model": 3}, "model must be a Hub name or a path, got int"),
         ({"model": None}, "model must be a Hub name or a path, got NoneType"),
         ({"model": b"model"}, "model must be a Hub name or a path, got bytes"),
-        ({"max_length": 0}, "max_length must be an integer of at least 1, got 0"),
+        ({"max_length": 0}, "max_length must be an integer of at least 1, got 0. Pass a number"),
         ({"max_length": -1}, "max_length must be an integer of at least 1, got -1"),
         ({"max_length": 1.5}, "max_length must be an integer of at least 1, got 1.5"),
         ({"max_length": True}, "max_length must be an integer of at least 1, got True"),
@@ -163,7 +164,7 @@ def test_bad_call_is_named_before_any_model_work(call: Call, fragment: str) -> N
         ({"adapter": 3}, "adapter must be a Hub name or a path, got int"),
         ({"template": "none"}, "template must be one of qwen3-reranker, published-eval, chatml"),
         ({"template": ["chatml"]}, "template must be one of"),
-        ({"revision": 3}, "revision must be a string or None, got int"),
+        ({"revision": 3}, "revision must be a string or None, got int. Use None for the default"),
         ({"device": 0}, "device must be a string or None, got int"),
         ({"template": 3}, "template must be one of qwen3-reranker, published-eval, chatml"),
         ({"instruction": 3}, "instruction must be a string or None, got int"),
@@ -226,6 +227,12 @@ def test_no_documents_need_no_model(call: Call, expected: list[Any]) -> None:
 )
 def test_good_settings_are_accepted(settings: dict[str, Any]) -> None:
     Reranker(**{"model": "model", **settings})
+
+
+def test_path_like_objects_are_taken_by_their_path(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (entry,) = os.scandir(tmp_path)
+    assert inputs.path("model", entry) == str(tmp_path / "model")
 
 
 @pytest.mark.parametrize("top_n", [None, 1, 10**9, np.int64(3)])

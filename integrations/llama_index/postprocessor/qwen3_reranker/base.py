@@ -1,44 +1,91 @@
 """A LlamaIndex node postprocessor on the scoring core.
 
-Decides how nodes become texts and results become nodes. Scoring, checks and order are the core's.
+Decides how nodes become texts, results become nodes, and what is reported to instrumentation.
+Scoring, checks and order are the core's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Self
 
-from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr
+from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr, model_validator
+from llama_index.core.callbacks import CBEventType, EventPayload
+from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr-defined]
+from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
-from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
+from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle
 
-from qwen3_reranker import InputError, RankedDocument, Reranker, Scorer
+from qwen3_reranker import InputError, RankedDocument, Reranker, Scorer, inputs
+from qwen3_reranker.results import verify_ranking
+
+_RETRIEVAL_SCORE = "retrieval_score"
+
+dispatcher = get_dispatcher(__name__)
 
 
 class Qwen3Reranker(BaseNodePostprocessor):
     """Reorders retrieved nodes with a Qwen3-Reranker checkpoint.
 
     Returns new `NodeWithScore` objects whose score is P("yes"); the caller's stay as they are. The
-    model is loaded by the first call and shared by all instances with the same settings.
+    model is loaded by the first call and shared by all instances with the same settings; copies
+    and pickles carry settings only, and `to_dict` leaves out `reranker`.
+
+    The model reads a node as the embedding does, its metadata lines before its text, because that
+    is the convention of LlamaIndex's rerankers; `metadata_mode=MetadataMode.NONE` gives it the text
+    alone.
+
+    Example:
+        >>> from llama_index.core.schema import TextNode
+        >>> postprocessor = Qwen3Reranker(model=model_folder, top_n=1)
+        >>> nodes = [NodeWithScore(node=TextNode(text=text)) for text in ("tea", "Rust")]
+        >>> len(postprocessor.postprocess_nodes(nodes, query_str="programming"))
+        1
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
-    model: str = Field("Qwen/Qwen3-Reranker-0.6B", description="Hub name, folder or .gguf file.")
-    adapter: str | None = Field(None, description="LoRA weights.")
-    instruction: str | None = Field(None, description="Task sentence; None is the template's.")
+    model: str = Field(
+        "Qwen/Qwen3-Reranker-0.6B",
+        description='Hub name, local folder, .gguf file, or "embedded" for the small demo model.',
+    )
+    adapter: str | None = Field(None, description="Folder or Hub name of LoRA weights.")
+    instruction: str | None = Field(
+        None, description="Task sentence, taken as it is; None is the template's own."
+    )
     top_n: int | None = Field(3, description="Nodes to keep; None keeps all.")
     score_threshold: float | None = Field(None, description='Lowest P("yes") to keep.')
     device: str | None = Field(None, description="Torch device; None chooses.")
     dtype: str | None = Field(None, description="Name of a dtype; None chooses.")
-    max_length: int = Field(8192, description="Tokens per pair.")
+    max_length: int = Field(8192, description="Tokens per pair; only a document's end is ever cut.")
     metadata_mode: MetadataMode = Field(
         MetadataMode.EMBED, description="Which metadata the model reads before the text."
+    )
+    keep_retrieval_score: bool = Field(
+        False,
+        description="Whether the score a node came with is kept in the metadata of a copy of the "
+        'node, as "retrieval_score", in place of an earlier value and unseen by models.',
     )
     reranker: Scorer | None = Field(
         None, exclude=True, description="Any object with rank and arank, in place of a model."
     )
 
-    _loaded: Scorer | None = PrivateAttr(default=None)
+    _held: Scorer | None = PrivateAttr(default=None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_dump(cls, data: Any) -> Any:
+        # Every dump of a LlamaIndex component has this key, and no constructor a field for it.
+        if isinstance(data, dict):
+            return {key: value for key, value in data.items() if key != "class_name"}
+        return data
+
+    @model_validator(mode="after")
+    def _check_settings(self) -> Self:
+        inputs.cut(self.top_n, self.score_threshold)
+        self._scorer()  # loads nothing yet
+        return self
 
     @classmethod
     def class_name(cls) -> str:
@@ -48,54 +95,102 @@ class Qwen3Reranker(BaseNodePostprocessor):
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
-        ranking = self._scorer().rank(
-            _query(query_bundle),
-            self._texts(nodes),
-            instruction=self.instruction,
-            top_n=self.top_n,
-            score_threshold=self.score_threshold,
-        )
-        return _reordered(nodes, ranking)
+        with self._reported(nodes, query_bundle) as reranked:
+            query = _query(query_bundle)
+            if nodes:
+                ranking = self._scorer().rank(query, self._texts(nodes), **self._options())
+                reranked += self._reordered(nodes, ranking)
+        return reranked
 
     async def _apostprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
-        ranking = await self._scorer().arank(
-            _query(query_bundle),
-            self._texts(nodes),
-            instruction=self.instruction,
-            top_n=self.top_n,
-            score_threshold=self.score_threshold,
+        with self._reported(nodes, query_bundle) as reranked:
+            query = _query(query_bundle)
+            if nodes:
+                ranking = await self._scorer().arank(query, self._texts(nodes), **self._options())
+                reranked += self._reordered(nodes, ranking)
+        return reranked
+
+    @contextmanager
+    def _reported(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None
+    ) -> Iterator[list[NodeWithScore]]:
+        """Report a call's start and its end, however it ends; the result goes into the list."""
+        reranked: list[NodeWithScore] = []
+        model_name = self.model if self.reranker is None else type(self.reranker).__name__
+        top_n = len(nodes) if self.top_n is None else self.top_n
+        dispatcher.event(
+            ReRankStartEvent(query=query_bundle, nodes=nodes, top_n=top_n, model_name=model_name)
         )
-        return _reordered(nodes, ranking)
+        payload: dict[str, Any] = {
+            EventPayload.NODES: nodes,
+            EventPayload.MODEL_NAME: model_name,
+            EventPayload.QUERY_STR: None if query_bundle is None else query_bundle.query_str,
+            EventPayload.TOP_K: top_n,
+        }
+        try:
+            with self.callback_manager.event(CBEventType.RERANKING, payload=payload) as event:
+                yield reranked
+                event.on_end(payload={EventPayload.NODES: reranked})
+        finally:
+            dispatcher.event(ReRankEndEvent(nodes=reranked))
 
     def _texts(self, nodes: Sequence[NodeWithScore]) -> list[str]:
         return [node.node.get_content(metadata_mode=self.metadata_mode) for node in nodes]
 
+    def _options(self) -> dict[str, Any]:
+        return {
+            "instruction": self.instruction,
+            "top_n": self.top_n,
+            "score_threshold": self.score_threshold,
+        }
+
+    def _reordered(
+        self, nodes: Sequence[NodeWithScore], ranking: Sequence[RankedDocument]
+    ) -> list[NodeWithScore]:
+        verify_ranking(ranking, len(nodes), self.top_n, self.score_threshold)
+        kept = [nodes[result.index] for result in ranking]
+        copies = [_with_retrieval_score(n) if self.keep_retrieval_score else n.node for n in kept]
+        return [
+            NodeWithScore(node=node, score=float(result.score))
+            for node, result in zip(copies, ranking, strict=True)
+        ]
+
     def _scorer(self) -> Scorer:
         if self.reranker is not None:
             return self.reranker
-        if self._loaded is None:
-            self._loaded = Reranker.shared(
-                self.model,
-                adapter=self.adapter,
-                device=self.device,
-                dtype=self.dtype,
-                max_length=self.max_length,
-            )
-        return self._loaded
+        # Asked for at every call, because a field may have been assigned since; equal settings
+        # are one model for as long as one of their rerankers is held.
+        self._held = Reranker.shared(
+            self.model,
+            adapter=self.adapter,
+            device=self.device,
+            dtype=self.dtype,
+            max_length=self.max_length,
+        )
+        return self._held
 
 
 def _query(query_bundle: QueryBundle | None) -> str:
     if query_bundle is None:
-        raise InputError("there is no query to rerank by. Pass query_str or query_bundle.")
+        raise InputError(
+            "there is no query to rerank by, got None. Pass query_str or query_bundle."
+        )
     return query_bundle.query_str
 
 
-def _reordered(
-    nodes: Sequence[NodeWithScore], ranking: Sequence[RankedDocument]
-) -> list[NodeWithScore]:
-    return [
-        NodeWithScore(node=nodes[result.index].node, score=float(result.score))
-        for result in ranking
-    ]
+def _with_retrieval_score(retrieved: NodeWithScore) -> BaseNode:
+    node = retrieved.node
+    # A copy, because the node may live in the index; unseen, or a second reranker would read it.
+    return node.model_copy(
+        update={
+            "metadata": {**node.metadata, _RETRIEVAL_SCORE: retrieved.score},
+            "excluded_embed_metadata_keys": _including(node.excluded_embed_metadata_keys),
+            "excluded_llm_metadata_keys": _including(node.excluded_llm_metadata_keys),
+        }
+    )
+
+
+def _including(excluded_keys: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys([*excluded_keys, _RETRIEVAL_SCORE]))

