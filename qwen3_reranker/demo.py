@@ -84,6 +84,31 @@ def embed(text: str) -> list[float]:
     return [float(count) / length for count in vector]
 
 
+class LangChainEmbedding(Embeddings):
+    """`embed` for LangChain."""
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        """Return a vector per text."""
+        return [embed(text) for text in texts]
+
+    def embed_query(self, text: str) -> list[float]:
+        """Return the vector of a query."""
+        return embed(text)
+
+
+class LlamaIndexEmbedding(BaseEmbedding):
+    """`embed` for LlamaIndex."""
+
+    def _get_text_embedding(self, text: str) -> list[float]:
+        return embed(text)
+
+    def _get_query_embedding(self, query: str) -> list[float]:
+        return embed(query)
+
+    async def _aget_query_embedding(self, query: str) -> list[float]:
+        return embed(query)
+
+
 def lines(model: str = EMBEDDED, **settings: Any) -> Iterator[str]:
     """Run the demo and yield what it prints, line by line.
 
@@ -160,7 +185,7 @@ def _show_langchain(
     passages: Sequence[Passage], query: Query, model: str, settings: dict[str, Any]
 ) -> Iterator[str]:
     yield from _title("2. LangChain: ContextualCompressionRetriever over InMemoryVectorStore")
-    store = InMemoryVectorStore(_LangChainEmbedding())
+    store = InMemoryVectorStore(LangChainEmbedding())
     store.add_documents([Document(p.text, id=p.id, metadata={"id": p.id}) for p in passages])
     retriever = ContextualCompressionRetriever(
         base_compressor=langchain_qwen3_reranker.Qwen3Reranker(
@@ -189,7 +214,7 @@ def _show_llama_index(
 ) -> Iterator[str]:
     yield from _title("3. LlamaIndex: query engine over VectorStoreIndex, mock LLM")
     index = VectorStoreIndex(
-        [TextNode(text=p.text, id_=p.id) for p in passages], embed_model=_LlamaIndexEmbedding()
+        [TextNode(text=p.text, id_=p.id) for p in passages], embed_model=LlamaIndexEmbedding()
     )
     engine = index.as_query_engine(
         llm=MockLLM(),
@@ -253,22 +278,3 @@ def _row(now: int, result: RankedDocument, cosine: float, label: int) -> str:
 def _item(place: int, score: float, text: str, note: str) -> str:
     start = f"  {place:3d}  {score:6.4f}  {note:7}"
     return start + fit(text, WIDTH - len(start))
-
-
-class _LangChainEmbedding(Embeddings):
-    def embed_documents(self, texts: list[str]) -> list[list[float]]:
-        return [embed(text) for text in texts]
-
-    def embed_query(self, text: str) -> list[float]:
-        return embed(text)
-
-
-class _LlamaIndexEmbedding(BaseEmbedding):
-    def _get_text_embedding(self, text: str) -> list[float]:
-        return embed(text)
-
-    def _get_query_embedding(self, query: str) -> list[float]:
-        return embed(query)
-
-    async def _aget_query_embedding(self, query: str) -> list[float]:
-        return embed(query)

@@ -1,0 +1,148 @@
+"""Ours through the contract suites, over a fake reranker and over the whole core; and a peer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from langchain_classic.retrievers.document_compressors import CrossEncoderReranker
+from langchain_classic.retrievers.document_compressors.cross_encoder import BaseCrossEncoder
+from langchain_core.documents import BaseDocumentCompressor
+from llama_index.core.postprocessor.types import BaseNodePostprocessor
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from langchain_qwen3_reranker import Qwen3Reranker as LangChainReranker
+from llama_index.postprocessor.qwen3_reranker import Qwen3Reranker as LlamaIndexReranker
+from qwen3_reranker import RankedDocument
+from qwen3_reranker.packing import Pack
+from qwen3_reranker.results import cut_ranking
+from tests import real_parts
+from tests.contract_compressor import CompressorContract
+from tests.contract_model import Model
+from tests.contract_postprocessor import PostprocessorContract
+from tests.fakes import FakeModel, loaded, qwen3_tokenizer
+
+
+@dataclass
+class CarelessReranker:
+    """Passes on whatever the model returns, so that only the integration can notice."""
+
+    model: Model
+
+    def rank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        instruction: str | None = None,
+        top_n: int | None = None,
+        score_threshold: float | None = None,
+    ) -> list[RankedDocument]:
+        scores = self.model(query, documents)
+        order = sorted(range(len(scores)), key=lambda i: -scores[i])
+        ranking = [RankedDocument(i, "", scores[i], scores[i], False) for i in order]
+        return cut_ranking(ranking, top_n, score_threshold)
+
+    async def arank(self, *args: Any, **more: Any) -> list[RankedDocument]:
+        return self.rank(*args, **more)
+
+
+class TestLangChain(CompressorContract):
+    def make(self, model: Model, **settings: Any) -> BaseDocumentCompressor:
+        return LangChainReranker(reranker=CarelessReranker(model), **settings)
+
+
+class TestLlamaIndex(PostprocessorContract):
+    def make(self, model: Model, **settings: Any) -> BaseNodePostprocessor:
+        return LlamaIndexReranker(reranker=CarelessReranker(model), **settings)
+
+
+@cache
+def control_tokenizer() -> Tokenizer:
+    return Tokenizer.from_file(str(real_parts.qwen3_tokenizer_file()))
+
+
+class ReadingNetwork:
+    """Reads query and documents out of a pack's token ids and asks the scripted model."""
+
+    def __init__(self) -> None:
+        self.model = Model()
+        self._decode = control_tokenizer().decode
+        self._num_suffix = len(qwen3_tokenizer().suffix)
+
+    def score(self, pack: Pack) -> NDArray[np.float32]:
+        (span,) = pack.spans
+        head = self._decode(pack.token_ids[span.head].tolist())
+        query = head.split("<Query>: ")[1].removesuffix("\n<Document>:")
+        bodies = [pack.token_ids[place][: -self._num_suffix] for place in span.documents]
+        scores = self.model(query, [self._decode(body.tolist())[1:] for body in bodies])
+        return np.array([math.log(p / (1 - p)) if p < 1 else p for p in scores], np.float32)
+
+
+@pytest.fixture
+def network(monkeypatch: pytest.MonkeyPatch) -> Iterator[ReadingNetwork]:
+    network = ReadingNetwork()
+    with loaded(monkeypatch, FakeModel(network=network)):
+        yield network
+
+
+class TestLangChainOnTheCore(CompressorContract):
+    @pytest.fixture(autouse=True)
+    def _use(self, network: ReadingNetwork) -> None:
+        self.network = network
+
+    def make(self, model: Model, **settings: Any) -> BaseDocumentCompressor:
+        self.network.model = model
+        return LangChainReranker(model="a model", **settings)
+
+
+class TestLlamaIndexOnTheCore(PostprocessorContract):
+    @pytest.fixture(autouse=True)
+    def _use(self, network: ReadingNetwork) -> None:
+        self.network = network
+
+    def make(self, model: Model, **settings: Any) -> BaseNodePostprocessor:
+        self.network.model = model
+        settings.setdefault("metadata_mode", "none")
+        return LlamaIndexReranker(model="a model", **settings)
+
+
+class ScriptedCrossEncoder(BaseCrossEncoder):
+    def __init__(self, model: Model) -> None:
+        self.model = model
+
+    def score(self, text_pairs: list[tuple[str, str]]) -> list[float]:
+        return self.model(text_pairs[0][0], [text for _, text in text_pairs])
+
+
+CAUGHT = {
+    "test_no_documents_give_no_documents_and_no_model_call": "calls the model for nothing",
+    "test_top_n_none_keeps_all": "top_n=None is a type error",
+    "test_top_n_below_one_is_refused": "0 returns nothing, -1 drops the last document",
+    "test_score_threshold_cuts_before_top_n": "has no threshold",
+    "test_score_is_a_plain_float_in_the_metadata": "drops the score",
+    "test_score_of_an_earlier_reranker_is_replaced": "leaves another model's score in place",
+    "test_callers_documents_stay_as_they_were": "returns the caller's objects",
+    "test_equal_documents_are_all_kept": "top_n=None is a type error",
+    "test_score_that_is_no_number_is_an_error": "sorts NaN and infinity as if they were scores",
+    "test_wrong_number_of_scores_is_an_error": "silently loses documents",
+}
+
+
+class TestLangChainsCrossEncoderReranker(CompressorContract):
+    """The suite finds what it is for: this compressor comes with LangChain."""
+
+    @pytest.fixture(autouse=True)
+    def _expect_failure(self, request: pytest.FixtureRequest) -> None:
+        if request.node.originalname in CAUGHT:
+            reason = CAUGHT[request.node.originalname]
+            request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+
+    def make(self, model: Model, **settings: Any) -> BaseDocumentCompressor:
+        return CrossEncoderReranker(model=ScriptedCrossEncoder(model), **settings)
