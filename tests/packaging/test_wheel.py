@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from llama_index.core.postprocessor.types import BaseNodePostprocessor
 
 ROOT = Path(__file__).parents[2]
 
@@ -63,7 +66,7 @@ def test_wheel_holds_the_four_packages_and_nothing_else(wheel: Path) -> None:
         "langchain_qwen3_reranker",
         "llama_index/postprocessor/qwen3_reranker",
     }
-    assert {Path(name).suffix for name in names} == {".py", ".typed"}
+    assert {Path(name).suffix for name in names} == {".py", ".typed", ".json"}
 
 
 def test_imports_work_beside_the_users_own_integrations(installed: Path, foreign: Path) -> None:
@@ -114,3 +117,10 @@ def test_metadata_admits_what_is_tested_and_keeps_heavy_clients_out(wheel: Path)
     assert not [line for line in requires if "torchvision" in line or "torchaudio" in line]
     for heavy in ("litellm", "mkdocs-material", "vllm"):
         assert not [line for line in requires if heavy in line and "extra == 'all'" in line]
+
+
+def test_llamahub_metadata_names_what_exists() -> None:
+    hub = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["llamahub"]
+    module = importlib.import_module(hub["import_path"])
+    for name in hub["class_authors"]:
+        assert issubclass(getattr(module, name), BaseNodePostprocessor)

