@@ -12,37 +12,52 @@ from collections.abc import Sequence
 from qwen3_reranker import __version__
 from qwen3_reranker.errors import Qwen3RerankerError
 
-from .data import read_groups
+_COMMANDS = """commands:
+  validate FILE...   check training rows and report every fault
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit status: 0 done, 2 bad data."""
+    """Run the command line; return its exit status: 0 done, 2 bad input, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
-        prog="qwen3-finetune", description="Prepare the fine-tuning of a yes/no cross-encoder."
+        prog="qwen3-finetune",
+        description="Prepare the fine-tuning of a yes/no cross-encoder.",
+        epilog=_COMMANDS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="command")
-    validate = commands.add_parser(
-        "validate",
-        help="check JSONL training rows and report every fault",
+    commands = {"validate": _validate}
+    parser.add_argument("command", choices=commands, metavar="command")
+    command = parser.parse_args(arguments[:1]).command
+    try:
+        return commands[command](arguments[1:])
+    except Qwen3RerankerError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
+
+
+def _validate(argv: list[str]) -> int:
+    from .data import describe, read_training_file
+
+    parser = argparse.ArgumentParser(
+        prog="qwen3-finetune validate",
         description='Check {"query", "positive": [...], "negative": [...], "instruction"?} rows, '
-        "plain, .gz or .xz.",
+        "labelled pairs, or the layouts of ms-swift and FlagEmbedding; .jsonl, .gz, .xz, Parquet.",
     )
-    validate.add_argument("file", nargs="+")
-    arguments = parser.parse_args(argv)
+    parser.add_argument("file", nargs="+")
     status = 0
-    for file in arguments.file:
+    for path in parser.parse_args(argv).file:
         try:
-            groups = read_groups(file)
+            file = read_training_file(path)
         except Qwen3RerankerError as error:
             print(error, file=sys.stderr)
             status = 2
         else:
-            positives = sum(len(group.positive) for group in groups)
-            negatives = sum(len(group.negative) for group in groups)
-            own = sum(group.instruction is not None for group in groups)
-            print(
-                f"{file}: {len(groups)} queries, {positives} positives, {negatives} negatives, "
-                f"{own} with their own instruction"
-            )
+            print(f"{path}: {file.num_rows} rows of {file.num_lines} lines are good")
+            for line in describe(file.groups):
+                print(f"  {line}")
     return status

@@ -129,6 +129,7 @@ def read_weights(
     dtype: str | torch.dtype,
     *,
     attention: str = PACKED_ATTENTION,
+    quantization: Any = None,
 ) -> Any:
     """Load every tensor the architecture asks for, or fail: none is ever left at random.
 
@@ -145,6 +146,8 @@ def read_weights(
         else (transformers.AutoModelForSequenceClassification)
     )
     extra: dict[str, Any] = {"use_safetensors": True}
+    if quantization is not None:
+        extra["quantization_config"] = quantization
     if gguf_file is not None:
         extra = {
             "gguf_file": gguf_file,

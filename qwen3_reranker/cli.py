@@ -6,6 +6,7 @@ Decides what is read and printed. Everything else is the library's.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -30,6 +31,8 @@ _DEFAULT_MODEL = "Qwen/Qwen3-Reranker-0.6B"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status: 0 done, 1 a check failed, 2 bad input."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # texts of any script, terminals of any
+        sys.stdout.reconfigure(errors="replace")
     arguments = _parser().parse_args(argv)
     try:
         status: int = arguments.run(arguments)

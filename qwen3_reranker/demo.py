@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import textwrap
 import zlib
 from collections.abc import Iterator, Sequence
@@ -141,7 +142,7 @@ def lines(model: str = EMBEDDED, **settings: Any) -> Iterator[str]:
     yield from _show_core(reranker, passages, queries)
     yield from _show_langchain(passages, queries[0], model, settings)
     yield from _show_llama_index(passages, queries[1], model, settings)
-    yield from _next_steps(model)
+    yield from _next_steps(model, settings)
 
 
 def _show_core(
@@ -244,15 +245,17 @@ def _show_llama_index(
         yield _item(now, node.get_score(), node.get_content(), f"was {was}")
 
 
-def _next_steps(model: str) -> Iterator[str]:
+def _next_steps(model: str, settings: dict[str, Any]) -> Iterator[str]:
     yield from _title("Next")
     if model == EMBEDDED:
         yield "The same with Qwen3-Reranker (1.2 GB from the Hub, where there is a connection):"
         yield "  qwen3-reranker demo --model Qwen/Qwen3-Reranker-0.6B"
+    given = {"model": model, **settings}
+    flags = " ".join(f"--{name} {shlex.quote(value)}" for name, value in given.items() if value)
     yield "Your own texts:"
-    yield f'  qwen3-reranker rank -m {model} -q "capital of China" "Beijing" "Tea"'
-    yield "Our scores beside the official algorithm's:"
-    yield f"  qwen3-reranker doctor {model}"
+    yield f'  qwen3-reranker rank {flags} -q "capital of China" "Beijing" "Tea"'
+    yield "Versions, and our scores beside the official algorithm's:"
+    yield f"  qwen3-reranker doctor {shlex.quote(model)}"
 
 
 def _title(text: str) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import logging
 import os
 import tempfile
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from .errors import ModelLoadError
+from .errors import MissingExtraError, ModelLoadError
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ def embedded_folder() -> Path:
     Raises:
         ModelLoadError: If the package is missing, its file is another one, or the copy cannot be
             written.
+        MissingExtraError: If gguf, which reads the file, is not installed.
     """
     target = cache_folder() / f"smollm2-135m-instruct-{_SHA256[:12]}"
     if not target.is_dir():
@@ -70,6 +72,11 @@ def find_gguf() -> Path:
 
 
 def _convert(gguf: Path, target: Path) -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise MissingExtraError(
+            "converting the embedded model needs gguf, which is not installed. Run: "
+            'pip install "qwen3-reranker[gguf]"'
+        )
     from . import checkpoint  # imports torch
 
     with gguf.open("rb") as opened:

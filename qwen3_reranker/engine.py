@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import os
 import queue
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -89,9 +90,9 @@ class Engine:
         self._waiting: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._max_waiting = max_waiting
         self._is_closed = False
-        self._pid = os.getpid()
         self._owner = threading.Thread(target=self._run, name="qwen3-reranker", daemon=True)
         self._owner.start()
+        _loaded_in.add(os.getpid())
         _engines.add(self)
         _owners.add(self._owner)
 
@@ -104,11 +105,7 @@ class Engine:
             OverloadedError: If too many requests wait already.
             ClosedError: If the engine is closed, or the process was forked after it was made.
         """
-        if os.getpid() != self._pid:
-            raise ClosedError(
-                "this reranker's thread does not exist in a forked process. Make the reranker "
-                "after the fork, or start processes by spawn."
-            )
+        refuse_fork()
         if self._waiting.qsize() >= self._max_waiting:
             raise OverloadedError(
                 f"{self._max_waiting} calls wait already. Try again later, or send fewer at a time."
@@ -208,16 +205,38 @@ class Engine:
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 _owners: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+_loaded_in: set[int] = set()
+"""Ids of the processes in which an engine was made; a fork copies them."""
 
 
 @atexit.register
 def _await_owners() -> None:
     # The owner may hold the last reference to the weights. A thread that frees tensors while the
     # interpreter shuts down aborts the process.
-    for engine in list(_engines):
-        engine.stop()
-    for owner in list(_owners):
-        owner.join()
+    try:
+        for engine in list(_engines):
+            engine.stop()
+        for owner in list(_owners):
+            owner.join()
+    except KeyboardInterrupt:  # not even the forward in flight is to be waited for
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+        os._exit(130)
+
+
+def refuse_fork() -> None:
+    """Refuse to score in a child process of one that has loaded a model.
+
+    Raises:
+        ClosedError: If this process was forked after a model was loaded.
+    """
+    if _loaded_in and os.getpid() not in _loaded_in:
+        raise ClosedError(
+            "a model was loaded before this process was forked from its parent; torch's threads "
+            "do not exist here and a forward would hang. Load no model before the fork, or start "
+            "processes by spawn."
+        )
 
 
 def _refuse_non_finite(log_odds: Sequence[NDArray[np.float32]]) -> None:

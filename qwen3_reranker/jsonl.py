@@ -12,7 +12,7 @@ import lzma
 import math
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeVar
@@ -48,31 +48,26 @@ def read_lines(path: str) -> Iterator[tuple[int, str]]:
     Raises:
         DataError: If the file cannot be opened, decompressed or decoded as UTF-8.
     """
-    number = 0
-    try:
-        with _open(path) as file:
-            for number, raw in enumerate(file, 1):
-                text = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-                if text.strip():
-                    yield number, text
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} line {number}: byte {error.start + 1} is not UTF-8. Save the file as UTF-8."
-        ) from error
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        where = f" after line {number}" if number else ""
-        raise DataError(f"{path} cannot be read{where}: {reason}. Check the file.") from error
+    for number, raw in _raw_lines(path):
+        try:
+            text = _decode(number, raw)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} line {number}: {_not_utf8(error)}") from error
+        if text.strip():
+            yield number, text
 
 
 def read_rows(path: str) -> Iterator[Row]:
     """Yield each JSON line as an object or a fault; every line that is not blank is accounted for.
 
     Raises:
-        DataError: As `read_lines`.
+        DataError: If the file cannot be opened or decompressed.
     """
-    for line, text in read_lines(path):
+    for line, raw in _raw_lines(path):
         try:
+            text = _decode(line, raw)
+            if not text.strip():
+                continue
             content = json.loads(
                 text,
                 object_pairs_hook=_unique,
@@ -80,6 +75,8 @@ def read_rows(path: str) -> Iterator[Row]:
                 parse_float=_finite,
             )
             json.dumps(content, ensure_ascii=False).encode()
+        except UnicodeDecodeError as error:
+            yield Row(line, None, _not_utf8(error))
         except json.JSONDecodeError as error:
             yield Row(line, None, f"not JSON at column {error.colno}: {error.msg}")
         except UnicodeEncodeError:
@@ -112,14 +109,40 @@ def parse_rows(path: str, parse: Callable[[dict[str, Any], int], Parsed]) -> lis
                 raise ValueError(row.fault)
             parsed.append(parse(row.content, row.line))
         except ValueError as error:
-            faults.append(f"  line {row.line}: {error}")
+            faults.append(f"line {row.line}: {error}")
     if faults:
-        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-        more = [f"  ... and {len(faults) - 20} more"] if len(faults) > 20 else []
-        raise DataError("\n".join([f"{path} has {count}; nothing was done:", *faults[:20], *more]))
+        raise faults_error(path, faults)
     if not parsed:
         raise DataError(f"{path} has no rows. Pass a file with one JSON object per line.")
     return parsed
+
+
+def faults_error(path: str, faults: Sequence[str]) -> DataError:
+    """Return the error that counts the faults of a file and lists the first twenty."""
+    count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+    more = [f"... and {len(faults) - 20} more"] if len(faults) > 20 else []
+    lines = [f"{path} has {count}; nothing was done:", *faults[:20], *more]
+    return DataError("\n  ".join(lines))
+
+
+def _raw_lines(path: str) -> Iterator[tuple[int, bytes]]:
+    number = 0
+    try:
+        with _open(path) as file:
+            for number, raw in enumerate(file, 1):
+                yield number, raw
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        where = f" after line {number}" if number else ""
+        raise DataError(f"{path} cannot be read{where}: {reason}. Check the file.") from error
+
+
+def _decode(number: int, raw: bytes) -> str:
+    return raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"byte {error.start + 1} is not UTF-8. Save the file as UTF-8."
 
 
 def _open(path: str) -> AbstractContextManager[BinaryIO]:

@@ -104,17 +104,17 @@ def load_model(
     full = read_weights(folder, gguf_file, config, loading_dtype)
     if adapter_folder is not None:
         full = merge_adapter(full, adapter_folder)
-    head = _yes_no_row(full, tokenizer)
+    head = yes_no_row(full, tokenizer)
     decoder = full.base_model
     del full
     network = YesNoCrossEncoder(
-        _cast(decoder, torch_device, serving_dtype).eval().requires_grad_(False),
+        cast_weights(decoder, torch_device, serving_dtype).eval().requires_grad_(False),
         head.to(torch_device),
     )
     backend, backend_reason = choose_backend(torch_device)
     if max_batch_tokens is None:
         max_batch_tokens = default_batch_tokens(torch_device, config, serving_dtype)
-    _self_test(network, tokenizer, backend, config.max_position_embeddings)
+    self_test(network, tokenizer, backend, config.max_position_embeddings)
     return LoadedModel(
         network=network,
         tokenizer=tokenizer,
@@ -149,7 +149,7 @@ def default_batch_tokens(device: torch.device, config: Any, dtype: torch.dtype) 
     return int(min(32768, max(1024, free // 5 // per_token)))
 
 
-def _cast(decoder: Any, device: torch.device, dtype: torch.dtype) -> Any:
+def cast_weights(decoder: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """Move a decoder and cast its weights, but not its buffers.
 
     `Module.to` would round the rotary frequencies as well, which the library keeps in float32: at
@@ -160,7 +160,7 @@ def _cast(decoder: Any, device: torch.device, dtype: torch.dtype) -> Any:
     return decoder.to(device)
 
 
-def _yes_no_row(full: Any, tokenizer: PromptTokenizer) -> torch.Tensor:
+def yes_no_row(full: Any, tokenizer: PromptTokenizer) -> torch.Tensor:
     """Return W[yes] - W[no] in float32.
 
     From the output head, never the embedding: the 8B's are not tied.
@@ -235,7 +235,7 @@ def _choose_template(
 
 
 @torch.inference_mode()
-def _self_test(
+def self_test(
     network: YesNoCrossEncoder, tokenizer: PromptTokenizer, backend: str, max_positions: int
 ) -> None:
     """Score a pack of unequal documents and each alone by the library's own attention.

@@ -47,14 +47,23 @@ class YesNoCrossEncoder(torch.nn.Module):
         Returns:
             float32, shape (documents,), in the order of `pack.last_tokens`.
         """
-        return self._log_odds(pack.token_ids, pack.position_ids, pack.last_tokens, pack)
+        return self._project(self.last_hidden(pack))
+
+    def last_hidden(self, pack: Pack) -> torch.Tensor:
+        """Return the normalised hidden state of each document's last token.
+
+        Returns:
+            float32, shape (documents, hidden).
+        """
+        return self._last_hidden(pack.token_ids, pack.position_ids, pack.last_tokens, pack)
 
     def forward_alone(self, token_ids: NDArray[np.int64]) -> torch.Tensor:
         """Return the log-odds of one whole prompt by plain causal attention, shape (1,).
 
         The yardstick of the self-test; nothing else calls it.
         """
-        return self._log_odds(token_ids, np.arange(len(token_ids)), [len(token_ids) - 1], None)
+        last = [len(token_ids) - 1]
+        return self._project(self._last_hidden(token_ids, np.arange(len(token_ids)), last, None))
 
     @torch.inference_mode()
     def score(self, pack: Pack) -> NDArray[np.float32]:
@@ -62,7 +71,12 @@ class YesNoCrossEncoder(torch.nn.Module):
         scores: NDArray[np.float32] = self.forward(pack).cpu().numpy()
         return scores
 
-    def _log_odds(
+    def _project(self, hidden: torch.Tensor) -> torch.Tensor:
+        # Autocast, which training may use, would round the product.
+        with torch.autocast(self.device.type, enabled=False):
+            return hidden @ self.head
+
+    def _last_hidden(
         self,
         token_ids: NDArray[np.int64],
         position_ids: NDArray[np.int64],
@@ -81,7 +95,6 @@ class YesNoCrossEncoder(torch.nn.Module):
                 use_cache=False,
                 pack=pack,
             )  # (1, tokens, hidden)
-        last: torch.Tensor = self.decoder.norm(
-            hidden[0, last_tokens].float()
-        )  # (documents, hidden)
-        return last @ self.head
+        with torch.autocast(self.device.type, enabled=False):
+            last: torch.Tensor = self.decoder.norm(hidden[0, last_tokens].float())
+        return last

@@ -279,8 +279,17 @@ class Reranker:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._model!r})"
 
+    def __copy__(self) -> Self:
+        """Return another reranker of the same weights."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__, _usage=Usage(), _usage_lock=threading.Lock())
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self.__copy__()
+
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle and copy the settings, never the weights: those are loaded again, or shared."""
+        """Pickle the settings, never the weights: those are loaded again, or shared."""
         settings: dict[str, Any] = self._open_runtime().settings
         rebuild = partial(
             type(self).shared,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
 from .errors import NonFiniteScoreError, RankingError
@@ -91,7 +92,8 @@ def verify_ranking(
     """Check what an object in the place of a `Reranker` made of a call's documents.
 
     Raises:
-        RankingError: If documents are missing, repeated or invented.
+        RankingError: If documents are missing, repeated, invented, out of order or below the
+            threshold.
         NonFiniteScoreError: If a score is NaN or infinite.
     """
     indices = [result.index for result in ranking]
@@ -111,6 +113,17 @@ def verify_ranking(
         raise NonFiniteScoreError(
             f"the reranker returned {ranking[indices.index(broken[0])].score} for document "
             f"{broken[0]}; no order can be made of it. Correct the object passed as reranker."
+        )
+    scores = [result.score for result in ranking]
+    if any(later > earlier for earlier, later in pairwise(scores)):
+        raise RankingError(
+            "the reranker's result is not sorted by falling score. Correct the object passed as "
+            "reranker."
+        )
+    if score_threshold is not None and scores and scores[-1] < score_threshold:
+        raise RankingError(
+            f"the reranker returned a score of {scores[-1]} below the threshold of "
+            f"{score_threshold}. Correct the object passed as reranker."
         )
 
 

@@ -9,7 +9,7 @@ import threading
 import weakref
 from typing import TYPE_CHECKING, ClassVar
 
-from .engine import Engine
+from .engine import Engine, refuse_fork
 from .prompt import PromptTemplate
 
 if TYPE_CHECKING:
@@ -41,9 +41,11 @@ class Runtime:
 
         Raises:
             ModelLoadError: If the checkpoint cannot be used; the next call tries again.
+            ClosedError: If this process was forked from one that had loaded a model.
         """
         with self._lock:
             if self._loaded is None:
+                refuse_fork()
                 from .loading import load_model  # imports torch and transformers
 
                 loaded = load_model(**self.settings)  # type: ignore[arg-type]

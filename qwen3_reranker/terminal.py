@@ -9,14 +9,17 @@ WIDTH = 80
 
 def fit(text: str, width: int = WIDTH) -> str:
     """Return the beginning of a text in at most `width` columns, without control characters."""
-    shown: list[str] = []
-    used = 0
+    text = "".join(c if c.isprintable() else " " for c in text)
+    if sum(map(_columns, text)) <= width:
+        return text
+    shown, used = "", 1  # the ellipsis
     for character in text:
-        if not character.isprintable():
-            character = " "
-        columns = 2 if unicodedata.east_asian_width(character) in "WF" else 1
-        if used + columns > width - 1:
-            return "".join(shown) + "…"
-        shown.append(character)
-        used += columns
-    return "".join(shown)
+        used += _columns(character)
+        if used > width:
+            break
+        shown += character
+    return shown + "…" if width > 0 else ""
+
+
+def _columns(character: str) -> int:
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1

@@ -1,7 +1,7 @@
 """What a LangChain document compressor that reranks must do, whoever wrote it.
 
-langchain-tests has no suite for compressors. To run yours through this one, say in a test module
-how it is made over a scripted model:
+langchain-tests has no suite for compressors. To run yours through this one, copy this file and
+`contract_model.py`, and say in a test module how yours is made over a scripted model:
 
     class TestMine(CompressorContract):
         def make(self, model: Model, **settings: Any) -> BaseDocumentCompressor:
@@ -9,7 +9,7 @@ how it is made over a scripted model:
 
 `model(query, texts)` returns a score per text, or too few, too many or NaN, as a broken backend
 would. `settings` are `top_n` (None keeps all) and `score_threshold` (lowest score kept); without
-them every document must come back. Each test runs sync and async.
+them every document must come back. Calls run sync and async.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.documents import BaseDocumentCompressor, Document
 from langchain_core.load import dumps
 
-from tests.contract_model import Model, text
+from .contract_model import Model, text
 
 Compress = Callable[..., list[Document]]
 QUERY = "which one?"
@@ -83,6 +83,10 @@ class CompressorContract:
     def test_best_document_comes_first(self, compress: Compress) -> None:
         documents = [document("a", 0.2), document("b", 0.9), document("c", 0.5)]
         assert names(compress(self.make(Model(), top_n=3), documents, QUERY)) == ["b", "c", "a"]
+
+    def test_score_zero_is_a_score_like_any_other(self, compress: Compress) -> None:
+        documents = [document("a", 0.0), document("b", 0.9)]
+        assert names(compress(self.make(Model(), top_n=3), documents, QUERY)) == ["b", "a"]
 
     def test_equal_scores_keep_the_retrievers_order(self, compress: Compress) -> None:
         documents = [document(name, 0.4) for name in "dbca"] + [document("e", 0.8)]

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import EllipsisType
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from langchain_core.callbacks import Callbacks
 from langchain_core.documents import BaseDocumentCompressor, Document
 from langchain_core.runnables import RunnableConfig, RunnableLambda
-from pydantic import ConfigDict, PrivateAttr, model_validator
+from pydantic import BeforeValidator, ConfigDict, PrivateAttr, model_validator
+from pydantic.json_schema import SkipJsonSchema
 
-from qwen3_reranker import RankedDocument, Reranker, Scorer, inputs
+from qwen3_reranker import RankedDocument, Scorer, inputs
+from qwen3_reranker.integration import as_name, check_settings, rank_options, scorer_of
 from qwen3_reranker.results import verify_ranking
+
+Name = Annotated[str, BeforeValidator(as_name)]
 
 
 class Qwen3Reranker(BaseDocumentCompressor):
@@ -24,8 +28,8 @@ class Qwen3Reranker(BaseDocumentCompressor):
 
     Each returned document is a copy with `metadata["relevance_score"]`, P("yes") as a float, in
     place of an earlier value of that key. The model is loaded by the first call and shared by all
-    instances with the same settings; copies and pickles carry settings only. In traces a call is a
-    run of its own, named after this class.
+    components with the same model, adapter, device and dtype; copies and pickles carry settings
+    only. In traces a compression is a run of its own, named after this class.
 
     Example:
         >>> compressor = Qwen3Reranker(model=model_folder, top_n=1)
@@ -34,9 +38,9 @@ class Qwen3Reranker(BaseDocumentCompressor):
         1
     """
 
-    model: str = "Qwen/Qwen3-Reranker-0.6B"
+    model: Name = "Qwen/Qwen3-Reranker-0.6B"
     """Hub name, local folder, .gguf file, or "embedded" for the small demo model."""
-    adapter: str | None = None
+    adapter: Name | None = None
     """Folder or Hub name of LoRA weights."""
     instruction: str | None = None
     """Task sentence; None is the template's own."""
@@ -44,13 +48,13 @@ class Qwen3Reranker(BaseDocumentCompressor):
     """Documents to keep; None keeps all."""
     score_threshold: float | None = None
     """Lowest P("yes") to keep."""
-    device: str | None = None
+    device: Name | None = None
     """Torch device; None chooses."""
-    dtype: str | None = None
+    dtype: Name | None = None
     """Name of a dtype; None chooses."""
     max_length: int = 8192
     """Tokens per pair; only a document's end is ever cut."""
-    reranker: Scorer | None = None
+    reranker: SkipJsonSchema[Scorer | None] = None
     """Any object with `rank` and `arank`, in place of a model."""
 
     _held: Scorer | None = PrivateAttr(default=None)
@@ -59,8 +63,7 @@ class Qwen3Reranker(BaseDocumentCompressor):
 
     @model_validator(mode="after")
     def _check_settings(self) -> Self:
-        inputs.cut(self.top_n, self.score_threshold)
-        self._scorer()  # loads nothing yet
+        check_settings(self)
         return self
 
     def compress_documents(
@@ -71,13 +74,13 @@ class Qwen3Reranker(BaseDocumentCompressor):
         Raises:
             Qwen3RerankerError: What `Reranker.rank` raises.
         """
-        return self._run().invoke(_call(documents, query), _config(callbacks))
+        return self._run().invoke(_call(documents, query), self._config(callbacks))
 
     async def acompress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> Sequence[Document]:
         """Return what `compress_documents` returns without blocking the event loop."""
-        return await self._run().ainvoke(_call(documents, query), _config(callbacks))
+        return await self._run().ainvoke(_call(documents, query), self._config(callbacks))
 
     def rerank(
         self,
@@ -98,13 +101,16 @@ class Qwen3Reranker(BaseDocumentCompressor):
         Raises:
             Qwen3RerankerError: What `Reranker.rank` raises.
         """
-        texts = [d.page_content if isinstance(d, Document) else d for d in documents]
-        options = self._options()
+        if not isinstance(documents, str):
+            documents = [d.page_content if isinstance(d, Document) else d for d in documents]
+        texts = inputs.documents(documents)
+        options = rank_options(self)
         if instruction is not None:
             options["instruction"] = instruction
         if not isinstance(top_n, EllipsisType):
+            inputs.cut(top_n, None)
             options["top_n"] = top_n
-        ranking = self._scorer().rank(query, texts, **options)
+        ranking = scorer_of(self).rank(query, texts, **options)
         verify_ranking(ranking, len(texts), options["top_n"], self.score_threshold)
         return [{"index": r.index, "relevance_score": float(r.score)} for r in ranking]
 
@@ -117,7 +123,7 @@ class Qwen3Reranker(BaseDocumentCompressor):
         if not documents:
             return []
         return self._reordered(
-            documents, self._scorer().rank(query, _texts(documents), **self._options())
+            documents, scorer_of(self).rank(query, _texts(documents), **rank_options(self))
         )
 
     async def _acompress(self, call: dict[str, Any]) -> list[Document]:
@@ -125,15 +131,8 @@ class Qwen3Reranker(BaseDocumentCompressor):
         if not documents:
             return []
         return self._reordered(
-            documents, await self._scorer().arank(query, _texts(documents), **self._options())
+            documents, await scorer_of(self).arank(query, _texts(documents), **rank_options(self))
         )
-
-    def _options(self) -> dict[str, Any]:
-        return {
-            "instruction": self.instruction,
-            "top_n": self.top_n,
-            "score_threshold": self.score_threshold,
-        }
 
     def _reordered(
         self, documents: Sequence[Document], ranking: Sequence[RankedDocument]
@@ -152,27 +151,12 @@ class Qwen3Reranker(BaseDocumentCompressor):
             for result in ranking
         ]
 
-    def _scorer(self) -> Scorer:
-        if self.reranker is not None:
-            return self.reranker
-        # Asked for at every call, because a field may have been assigned since; equal settings
-        # are one model for as long as one of their rerankers is held.
-        self._held = Reranker.shared(
-            self.model,
-            adapter=self.adapter,
-            device=self.device,
-            dtype=self.dtype,
-            max_length=self.max_length,
-        )
-        return self._held
+    def _config(self, callbacks: Callbacks | None) -> RunnableConfig:
+        return {"callbacks": callbacks, "run_name": type(self).__name__}
 
 
 def _call(documents: Sequence[Document], query: str) -> dict[str, Any]:
     return {"documents": documents, "query": query}
-
-
-def _config(callbacks: Callbacks | None) -> RunnableConfig:
-    return {"callbacks": callbacks, "run_name": Qwen3Reranker.__name__}
 
 
 def _texts(documents: Sequence[Document]) -> list[str]:

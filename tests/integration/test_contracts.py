@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -62,6 +63,19 @@ class TestLlamaIndex(PostprocessorContract):
     def make(self, model: Model, **settings: Any) -> BaseNodePostprocessor:
         return LlamaIndexReranker(reranker=CarelessReranker(model), **settings)
 
+    def test_settings_go_through_json(self) -> None:
+        # An injected object cannot; refused, where another model would take its place unseen.
+        dumped = json.loads(self.make(Model(), top_n=7).to_json())
+        assert (dumped["top_n"], dumped["reranker"]) == (7, "CarelessReranker")
+        with pytest.raises(ValueError, match="reranker"):
+            LlamaIndexReranker.from_dict(dumped)
+
+
+def _log_odds(p: float) -> float:
+    if not 0 <= p <= 1:
+        return p  # NaN and infinity, as they are
+    return math.log(p / (1 - p)) if 0 < p < 1 else math.copysign(50, p - 0.5)
+
 
 @cache
 def control_tokenizer() -> Tokenizer:
@@ -82,7 +96,7 @@ class ReadingNetwork:
         query = head.split("<Query>: ")[1].removesuffix("\n<Document>:")
         bodies = [pack.token_ids[place][: -self._num_suffix] for place in span.documents]
         scores = self.model(query, [self._decode(body.tolist())[1:] for body in bodies])
-        return np.array([math.log(p / (1 - p)) if p < 1 else p for p in scores], np.float32)
+        return np.array([_log_odds(float(p)) for p in scores], np.float32)
 
 
 @pytest.fixture

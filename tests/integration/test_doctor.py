@@ -34,7 +34,7 @@ def test_doctor_sees_a_wrong_head(
         row: torch.Tensor = (weight[tokenizer.yes_id] - weight[tokenizer.no_id]).detach()
         return row
 
-    monkeypatch.setattr(loading, "_yes_no_row", embedding_row)
+    monkeypatch.setattr(loading, "yes_no_row", embedding_row)
     assert main(["doctor", str(checkpoint(tied=False)), "--dtype", "float32"]) == 1
     assert "TOO LARGE" in capsys.readouterr().out
 

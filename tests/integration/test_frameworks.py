@@ -28,8 +28,9 @@ from llama_index.core.schema import MetadataMode, NodeWithScore, TextNode
 
 from langchain_qwen3_reranker import Qwen3Reranker as LangChainReranker
 from llama_index.postprocessor.qwen3_reranker import Qwen3Reranker as LlamaIndexReranker
-from qwen3_reranker import RankedDocument, Reranker, Scorer
+from qwen3_reranker import InputError, RankedDocument, RankingError, Reranker, Scorer
 from qwen3_reranker.demo import LangChainEmbedding, LlamaIndexEmbedding, read_corpus
+from qwen3_reranker.integration import scorer_of
 from tests.fakes import FakeModel, forbid_loading, loaded, replace_load_model
 
 PASSAGES, _ = read_corpus()
@@ -146,6 +147,9 @@ class TestLangChain:
         for call in (compressor.compress_documents, compressor.acompress_documents):
             with pytest.raises(RuntimeError, match="not a folder"):
                 await _result(call([Document("x")], QUERY, callbacks=[recorder]))
+        compressor.top_n = 0
+        with pytest.raises(InputError, match="top_n"):
+            compressor.compress_documents([Document("x")], QUERY)
         assert (len(recorder.ended), len(recorder.failed)) == (0, 2)
 
     def test_rerank_takes_texts_and_documents_and_overrides_per_call(self, model: str) -> None:
@@ -160,6 +164,18 @@ class TestLangChain:
         other = compressor.rerank(texts, QUERY, instruction="Find music", top_n=None)
         assert [r["relevance_score"] for r in other] != [r.score for r in expected]
         assert compressor.rerank([], QUERY) == []
+        lowest = as_dicts[1]["relevance_score"]
+        strict = LangChainReranker(model=model, instruction=INSTRUCTION, score_threshold=lowest)
+        assert strict.rerank(texts, QUERY) == as_dicts[:2]
+
+    def test_rerank_refuses_what_the_core_refuses(self) -> None:
+        compressor = LangChainReranker(reranker=Spy())
+        with pytest.raises(InputError, match="documents"):
+            compressor.rerank("one text", QUERY)
+        with pytest.raises(InputError, match="top_n"):
+            compressor.rerank(["x"], QUERY, top_n=0)
+        with pytest.raises(RankingError, match="1 of 2"):
+            LangChainReranker(reranker=Loser()).rerank(["x", "y"], QUERY)
 
     async def test_embedded_model(self) -> None:
         compressor = LangChainReranker(model="embedded", top_n=None)
@@ -284,6 +300,26 @@ class TestLlamaIndex:
         assert sorted(n.score or 0.0 for n in kept) == sorted(expected)
 
 
+class Loser:
+    """A reranker that returns one document, whatever it gets."""
+
+    def rank(self, query: str, documents: Any, **options: Any) -> list[RankedDocument]:
+        return [RankedDocument(0, documents[0], 0.5, 0.0, False)]
+
+    async def arank(self, *args: Any, **options: Any) -> list[RankedDocument]:
+        return self.rank(*args, **options)
+
+
+class AsyncOnly(Loser):
+    """A reranker that must not be called from the event loop's thread."""
+
+    def rank(self, query: str, documents: Any, **options: Any) -> list[RankedDocument]:
+        pytest.fail("the event loop was blocked")
+
+    async def arank(self, query: str, documents: Any, **options: Any) -> list[RankedDocument]:
+        return super().rank(query, documents, **options)
+
+
 class Spy:
     """A reranker that remembers what it was asked."""
 
@@ -323,6 +359,50 @@ def test_wrong_settings_are_refused_before_any_call(
         integration(**settings)
 
 
+def test_model_settings_beside_a_reranker_are_refused() -> None:
+    for integration in INTEGRATIONS:
+        for setting in ({"model": "other"}, {"dtype": "float32"}, {"max_length": 100}):
+            with pytest.raises(ValueError, match=f"{next(iter(setting))} would have no effect"):
+                integration(reranker=Spy(), **setting)
+
+
+@pytest.mark.parametrize("integration", INTEGRATIONS)
+def test_json_schema_lists_the_settings(integration: Any) -> None:
+    properties = integration.model_json_schema()["properties"]
+    assert {"model", "adapter", "instruction", "top_n", "max_length"} <= set(properties)
+
+
+async def test_async_calls_never_call_the_blocking_verb() -> None:
+    assert await LangChainReranker(reranker=AsyncOnly()).acompress_documents([Document("x")], "q")
+    nodes = [NodeWithScore(node=TextNode(text="x"))]
+    assert await LlamaIndexReranker(reranker=AsyncOnly()).apostprocess_nodes(nodes, query_str="q")
+
+
+@pytest.mark.parametrize("integration", INTEGRATIONS)
+def test_settings_reach_the_model_which_is_loaded_once(
+    integration: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import torch
+
+    loads: list[dict[str, Any]] = []
+
+    def load(**settings: Any) -> Any:
+        loads.append(settings)
+        return FakeModel()
+
+    replace_load_model(monkeypatch, load)
+    component = integration(
+        model=tmp_path, adapter=tmp_path / "a", device=torch.device("cpu"), dtype=torch.float32
+    )
+    for _ in range(3):
+        scorer_of(component).rank(QUERY, ["x"])
+    (settings,) = loads
+    assert settings["model"] == str(tmp_path)
+    assert settings["adapter"] == str(tmp_path / "a")
+    assert (settings["device"], settings["dtype"]) == ("cpu", "float32")
+    scorer_of(component).close()
+
+
 @pytest.mark.parametrize("integration", INTEGRATIONS)
 def test_setting_assigned_later_is_used(
     integration: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
@@ -337,7 +417,7 @@ def test_setting_assigned_later_is_used(
     component = integration(model="first")
     component.model = "second"
     with pytest.raises(RuntimeError, match="stop here"):
-        component._scorer().rank(QUERY, ["x"])
+        scorer_of(component).rank(QUERY, ["x"])
     assert asked == ["second"]
 
 
@@ -353,9 +433,9 @@ def test_all_users_of_one_model_share_its_weights(monkeypatch: pytest.MonkeyPatc
     for integration in INTEGRATIONS:
         for top_n in (1, 2):
             component = integration(model="one model", top_n=top_n, instruction=f"task {top_n}")
-            users.append(component._scorer())
-            users.append(pickle.loads(pickle.dumps(component))._scorer())  # noqa: S301
-            users.append(copy.deepcopy(component)._scorer())
+            users.append(scorer_of(component))
+            users.append(scorer_of(pickle.loads(pickle.dumps(component))))  # noqa: S301
+            users.append(scorer_of(copy.deepcopy(component)))
     for user in users:
         user.rank(QUERY, ["x"])
     assert len(loads) == 1
@@ -370,7 +450,7 @@ def test_pickle_keeps_settings_and_loads_nothing(
 ) -> None:
     with loaded(monkeypatch, FakeModel()):
         component = integration(model="a model", instruction="task", top_n=None)
-        component._scorer().rank(QUERY, ["x"])
+        scorer_of(component).rank(QUERY, ["x"])
         data = pickle.dumps(component)
         assert len(data) < 5000
     forbid_loading(monkeypatch)

@@ -24,6 +24,7 @@ from qwen3_reranker import (
 )
 from qwen3_reranker.engine import Engine, Scores
 from qwen3_reranker.packing import Pack
+from qwen3_reranker.runtime import Runtime
 from qwen3_reranker.tokenization import EncodedGroup
 
 Score = Callable[[Pack], NDArray[np.float32]]
@@ -442,6 +443,43 @@ def test_process_waits_for_an_owner_that_frees_the_weights() -> None:
     assert (done.returncode, done.stderr, done.stdout) == (0, "", "freed\n")
 
 
+INTERRUPTED_AT_EXIT = """
+import os, signal, threading, time
+import numpy as np
+from qwen3_reranker.engine import Engine
+from qwen3_reranker.tokenization import EncodedGroup
+
+started = threading.Event()
+
+def score(pack):
+    started.set()
+    time.sleep(30)
+
+engine = Engine(score, backend="documents", max_batch_tokens=100)
+ids = np.array([1], np.int32)
+engine.submit([EncodedGroup(ids, [ids], [False], 0)])
+started.wait()
+interrupt = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+interrupt.daemon = True  # the exit does not wait for it
+interrupt.start()
+print("leaving")
+"""
+
+
+def test_interrupt_ends_a_process_that_waits_for_a_forward() -> None:
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_AT_EXIT],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (130, "leaving\n")
+    assert time.monotonic() - start < 15
+
+
 @pytest.mark.parametrize("wrong", [1, 2, 4])
 def test_wrong_number_of_scores_is_never_spread_or_cut(
     make: Callable[..., Engine], wrong: int
@@ -513,5 +551,7 @@ def test_forked_process_is_told_at_once(
 ) -> None:
     engine = make(last_id)
     monkeypatch.setattr("os.getpid", lambda: -1)
-    with pytest.raises(ClosedError, match="forked process"):
+    with pytest.raises(ClosedError, match="Load no model before the fork"):
         engine.submit([group(1)])
+    with pytest.raises(ClosedError, match="Load no model before the fork"):
+        Runtime(model="another").load()

@@ -177,6 +177,16 @@ def test_read_rows_goes_on_after_a_fault(tmp_path: Path) -> None:
     ]
 
 
+def test_read_rows_latin_1_byte_is_a_fault_of_its_row(tmp_path: Path) -> None:
+    path = write(tmp_path, b'{"a": 1}\n{"a": "caf\xe9"}\n\xff\n{"a": 4}\n')
+    rows = list(read_rows(path))
+    assert [row.line for row in rows if row.content] == [1, 4]
+    assert [row.fault for row in rows if row.fault] == [
+        "byte 11 is not UTF-8. Save the file as UTF-8.",
+        "byte 1 is not UTF-8. Save the file as UTF-8.",
+    ]
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_read_rows_accounts_for_every_line_that_is_not_blank(tmp_path: Path, seed: int) -> None:
     chance = random.Random(seed)

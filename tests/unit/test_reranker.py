@@ -6,6 +6,7 @@ import gc
 import io
 import logging
 import math
+import pickle
 import sys
 import threading
 import tracemalloc
@@ -766,3 +767,21 @@ def test_long_job_without_stderr_is_scored(
     monkeypatch.setattr("qwen3_reranker.reranker._PROGRESS_AFTER_S", 0)
     monkeypatch.setattr(sys, "stderr", None)
     assert len(reranker.rank(HIGH, [LOW, HIGH])) == 2
+
+
+def test_copies_share_the_weights_and_count_for_themselves(loads: Loads) -> None:
+    for make in (Reranker, Reranker.shared):
+        before = len(loads.settings)
+        reranker = make("a model", instruction="task", max_length=512)
+        for twin in (copy.copy(reranker), copy.deepcopy(reranker)):
+            twin.rank("tea", ["tea", "rain"])
+            assert (twin.usage.documents, reranker.usage.documents) == (2, 0)
+            assert repr(twin) == repr(reranker)
+        assert len(loads.settings) == before + 1
+
+
+def test_pickle_of_a_closed_reranker_is_refused() -> None:
+    reranker = Reranker("a model")
+    reranker.close()
+    with pytest.raises(ClosedError):
+        pickle.dumps(reranker)

@@ -47,6 +47,14 @@ def test_verify_ranking_refuses_lost_repeated_and_invented_documents(
         verify_ranking(ranking(*indices), 3, top_n, threshold)
 
 
+def test_verify_ranking_refuses_a_wrong_order_and_scores_below_the_threshold() -> None:
+    rising = [*ranking(0, score=0.1), *ranking(1, score=0.9)]
+    with pytest.raises(RankingError, match="not sorted"):
+        verify_ranking(rising, 2, None, None)
+    with pytest.raises(RankingError, match=r"0\.1 below the threshold of 0\.5"):
+        verify_ranking(rising[::-1], 2, None, 0.5)
+
+
 @pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf])
 def test_verify_ranking_refuses_scores_that_are_no_numbers(score: float) -> None:
     broken = [*ranking(2, 0), *ranking(1, score=score)]

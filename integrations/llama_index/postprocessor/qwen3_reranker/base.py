@@ -6,19 +6,31 @@ Scoring, checks and order are the core's.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr, model_validator
+from llama_index.core.bridge.pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    field_serializer,
+    model_validator,
+)
 from llama_index.core.callbacks import CBEventType, EventPayload
 from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr-defined]
 from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle
+from pydantic.json_schema import SkipJsonSchema
 
-from qwen3_reranker import InputError, RankedDocument, Reranker, Scorer, inputs
+from qwen3_reranker import InputError, RankedDocument, Scorer
+from qwen3_reranker.integration import as_name, check_settings, rank_options, scorer_of
 from qwen3_reranker.results import verify_ranking
+
+Name = Annotated[str, BeforeValidator(as_name)]
 
 _RETRIEVAL_SCORE = "retrieval_score"
 
@@ -29,8 +41,9 @@ class Qwen3Reranker(BaseNodePostprocessor):
     """Reorders retrieved nodes with a Qwen3-Reranker checkpoint.
 
     Returns new `NodeWithScore` objects whose score is P("yes"); the caller's stay as they are. The
-    model is loaded by the first call and shared by all instances with the same settings; copies
-    and pickles carry settings only, and `to_dict` leaves out `reranker`.
+    model is loaded by the first call and shared by all components with the same model, adapter,
+    device and dtype; copies and pickles carry settings only. A component with an injected
+    `reranker` pickles if that object does, and `from_dict` refuses its dump.
 
     The model reads a node as the embedding does, its metadata lines before its text, because that
     is the convention of LlamaIndex's rerankers; `metadata_mode=MetadataMode.NONE` gives it the text
@@ -46,18 +59,18 @@ class Qwen3Reranker(BaseNodePostprocessor):
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
-    model: str = Field(
+    model: Name = Field(
         "Qwen/Qwen3-Reranker-0.6B",
         description='Hub name, local folder, .gguf file, or "embedded" for the small demo model.',
     )
-    adapter: str | None = Field(None, description="Folder or Hub name of LoRA weights.")
+    adapter: Name | None = Field(None, description="Folder or Hub name of LoRA weights.")
     instruction: str | None = Field(
         None, description="Task sentence, taken as it is; None is the template's own."
     )
     top_n: int | None = Field(3, description="Nodes to keep; None keeps all.")
     score_threshold: float | None = Field(None, description='Lowest P("yes") to keep.')
-    device: str | None = Field(None, description="Torch device; None chooses.")
-    dtype: str | None = Field(None, description="Name of a dtype; None chooses.")
+    device: Name | None = Field(None, description="Torch device; None chooses.")
+    dtype: Name | None = Field(None, description="Name of a dtype; None chooses.")
     max_length: int = Field(8192, description="Tokens per pair; only a document's end is ever cut.")
     metadata_mode: MetadataMode = Field(
         MetadataMode.EMBED, description="Which metadata the model reads before the text."
@@ -67,8 +80,8 @@ class Qwen3Reranker(BaseNodePostprocessor):
         description="Whether the score a node came with is kept in the metadata of a copy of the "
         'node, as "retrieval_score", in place of an earlier value and unseen by models.',
     )
-    reranker: Scorer | None = Field(
-        None, exclude=True, description="Any object with rank and arank, in place of a model."
+    reranker: SkipJsonSchema[Scorer | None] = Field(
+        None, description="Any object with rank and arank, in place of a model."
     )
 
     _held: Scorer | None = PrivateAttr(default=None)
@@ -83,9 +96,18 @@ class Qwen3Reranker(BaseNodePostprocessor):
 
     @model_validator(mode="after")
     def _check_settings(self) -> Self:
-        inputs.cut(self.top_n, self.score_threshold)
-        self._scorer()  # loads nothing yet
+        check_settings(self)
         return self
+
+    @field_serializer("reranker")
+    def _name_reranker(self, reranker: Scorer | None) -> str | None:
+        # Its name alone, which `from_dict` refuses: left out, the default model would replace it.
+        return None if reranker is None else type(reranker).__name__
+
+    def __getstate__(self) -> dict[str, Any]:
+        # LlamaIndex drops fields that do not pickle; again the default model would replace it.
+        pickle.dumps(self.reranker)
+        return super().__getstate__()
 
     @classmethod
     def class_name(cls) -> str:
@@ -98,7 +120,7 @@ class Qwen3Reranker(BaseNodePostprocessor):
         with self._reported(nodes, query_bundle) as reranked:
             query = _query(query_bundle)
             if nodes:
-                ranking = self._scorer().rank(query, self._texts(nodes), **self._options())
+                ranking = scorer_of(self).rank(query, self._texts(nodes), **rank_options(self))
                 reranked += self._reordered(nodes, ranking)
         return reranked
 
@@ -108,7 +130,9 @@ class Qwen3Reranker(BaseNodePostprocessor):
         with self._reported(nodes, query_bundle) as reranked:
             query = _query(query_bundle)
             if nodes:
-                ranking = await self._scorer().arank(query, self._texts(nodes), **self._options())
+                ranking = await scorer_of(self).arank(
+                    query, self._texts(nodes), **rank_options(self)
+                )
                 reranked += self._reordered(nodes, ranking)
         return reranked
 
@@ -139,13 +163,6 @@ class Qwen3Reranker(BaseNodePostprocessor):
     def _texts(self, nodes: Sequence[NodeWithScore]) -> list[str]:
         return [node.node.get_content(metadata_mode=self.metadata_mode) for node in nodes]
 
-    def _options(self) -> dict[str, Any]:
-        return {
-            "instruction": self.instruction,
-            "top_n": self.top_n,
-            "score_threshold": self.score_threshold,
-        }
-
     def _reordered(
         self, nodes: Sequence[NodeWithScore], ranking: Sequence[RankedDocument]
     ) -> list[NodeWithScore]:
@@ -156,20 +173,6 @@ class Qwen3Reranker(BaseNodePostprocessor):
             NodeWithScore(node=node, score=float(result.score))
             for node, result in zip(copies, ranking, strict=True)
         ]
-
-    def _scorer(self) -> Scorer:
-        if self.reranker is not None:
-            return self.reranker
-        # Asked for at every call, because a field may have been assigned since; equal settings
-        # are one model for as long as one of their rerankers is held.
-        self._held = Reranker.shared(
-            self.model,
-            adapter=self.adapter,
-            device=self.device,
-            dtype=self.dtype,
-            max_length=self.max_length,
-        )
-        return self._held
 
 
 def _query(query_bundle: QueryBundle | None) -> str:

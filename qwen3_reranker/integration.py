@@ -1,0 +1,97 @@
+"""What the LangChain and the LlamaIndex class share: settings, their checks, and who scores.
+
+Decides what a framework component's fields mean to the core. Knows nothing of either framework.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from . import inputs
+from .errors import InputError
+from .reranker import DEFAULT_MAX_LENGTH, Reranker
+from .results import Scorer
+
+_OF_A_MODEL = {
+    "model": "Qwen/Qwen3-Reranker-0.6B",
+    "adapter": None,
+    "device": None,
+    "dtype": None,
+    "max_length": DEFAULT_MAX_LENGTH,
+}
+"""Fields that say which model scores, with their defaults."""
+
+
+class Settings(Protocol):
+    """The fields of a component."""
+
+    model: str
+    adapter: str | None
+    instruction: str | None
+    top_n: int | None
+    score_threshold: float | None
+    device: str | None
+    dtype: str | None
+    max_length: int
+    reranker: Scorer | None
+    _held: Scorer | None
+
+
+def check_settings(settings: Settings) -> None:
+    """Check all fields; loads nothing.
+
+    Raises:
+        InputError: If a field cannot be used, or describes a model beside an injected reranker.
+    """
+    rank_options(settings)
+    if settings.reranker is None:
+        scorer_of(settings)
+        return
+    ignored = [name for name, value in _OF_A_MODEL.items() if getattr(settings, name) != value]
+    if ignored:
+        raise InputError(
+            f"reranker is given, so {', '.join(ignored)} would have no effect. Set them on the "
+            "object passed as reranker."
+        )
+
+
+def scorer_of(settings: Settings) -> Scorer:
+    """Return the injected reranker, or one that shares its weights with others of its settings.
+
+    Asked for at every call, because a field may have been assigned since. Equal settings are one
+    model for as long as one of their rerankers is held, so the component holds the last.
+    """
+    if settings.reranker is not None:
+        settings._held = None
+        return settings.reranker
+    held = Reranker.shared(
+        settings.model,
+        adapter=settings.adapter,
+        device=settings.device,
+        dtype=settings.dtype,
+        max_length=settings.max_length,
+        instruction=settings.instruction,
+    )
+    settings._held = held
+    return held
+
+
+def rank_options(settings: Settings) -> dict[str, Any]:
+    """Return the keywords of `rank` and `arank`, checked.
+
+    Raises:
+        InputError: If `top_n` or `score_threshold` cannot be used.
+    """
+    inputs.cut(settings.top_n, settings.score_threshold)
+    return {
+        "instruction": settings.instruction,
+        "top_n": settings.top_n,
+        "score_threshold": settings.score_threshold,
+    }
+
+
+def as_name(value: Any) -> Any:
+    """Return the name of a path, torch dtype or torch device; anything else as it is."""
+    if type(value).__module__ == "torch":
+        return str(value).removeprefix("torch.")
+    return str(value) if hasattr(value, "__fspath__") else value
