@@ -89,7 +89,7 @@ def test_console_script_works_beside_the_users_own_finetune(installed: Path, for
     script = str(installed / "bin" / "qwen3-finetune")
     done = run([script, "validate", str(data)], installed=installed, cwd=foreign)
     assert done.returncode == 0, done.stderr
-    assert "1 queries, 1 positives, 2 negatives" in done.stdout
+    assert "1 rows of 1 lines are good" in done.stdout
 
 
 def test_module_form_is_shadowed_by_the_users_own_finetune(installed: Path, foreign: Path) -> None:
