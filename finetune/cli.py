@@ -1,6 +1,7 @@
-"""`qwen3-finetune`: look at training data before it costs anything.
+"""`qwen3-finetune`: check data, train, evaluate.
 
-Decides what is printed. Knows nothing of torch.
+Decides how settings are written on a command line or in a YAML file. Torch, transformers and TRL
+are imported by the commands that need them.
 """
 
 from __future__ import annotations
@@ -8,12 +9,19 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from qwen3_reranker import __version__
-from qwen3_reranker.errors import Qwen3RerankerError
+from qwen3_reranker.errors import InputError, MissingExtraError, Qwen3RerankerError
 
 _COMMANDS = """commands:
-  validate FILE...   check training rows and report every fault
+  validate FILE...          check training rows and report every fault
+  train [--config FILE]     fine-tune, measure before and after, write adapter and report
+  evaluate --eval_file FILE compare a model with and without its adapter
+
+Each command has --help. A first run:
+  qwen3-finetune train --model_name_or_path Qwen/Qwen3-Reranker-0.6B \\
+      --train_file train.jsonl --eval_file dev.jsonl --output_dir my-reranker
 """
 
 
@@ -22,12 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="qwen3-finetune",
-        description="Prepare the fine-tuning of a yes/no cross-encoder.",
+        description="Fine-tune yes/no cross-encoders such as Qwen3-Reranker.",
         epilog=_COMMANDS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = {"validate": _validate}
+    commands = {"validate": _validate, "train": _train, "evaluate": _evaluate}
     parser.add_argument("command", choices=commands, metavar="command")
     command = parser.parse_args(arguments[:1]).command
     try:
@@ -61,3 +69,139 @@ def _validate(argv: list[str]) -> int:
             for line in describe(file.groups):
                 print(f"  {line}")
     return status
+
+
+def _train(argv: list[str]) -> int:
+    parser = training_parser()
+    arguments, model, training = parse_training(parser, argv)
+    from .train import train
+
+    train(arguments, model, training)
+    return 0
+
+
+def _evaluate(argv: list[str]) -> int:
+    from .evaluate import main as evaluate
+
+    return evaluate(argv)
+
+
+def training_parser() -> Any:
+    """Return the parser of `train`: our settings, TRL's model settings, the Trainer's.
+
+    Raises:
+        MissingExtraError: If TRL or its own requirements are not installed.
+    """
+    try:
+        from trl import ModelConfig, TrlParser  # type: ignore[attr-defined]
+    except ImportError as error:
+        raise MissingExtraError(
+            f"training needs {error.name or 'trl'}, which is not installed. Run: "
+            'pip install "qwen3-reranker[finetune]"'
+        ) from error
+    from dataclasses import dataclass, field
+
+    from transformers import TrainingArguments
+
+    from .config import RerankerArguments
+
+    @dataclass
+    class ModelSettings(ModelConfig):
+        use_peft: bool = field(default=True, metadata={"help": "LoRA; false trains all layers."})
+        dtype: str | None = field(
+            default=None,
+            metadata={
+                "help": "dtype of the base's weights; default: bfloat16 on CUDA, else float32.",
+                "choices": ["bfloat16", "float16", "float32"],
+            },
+        )
+        lora_target_modules: list[str] | None = field(
+            default_factory=lambda: ["all-linear"], metadata={"help": "Layers that get LoRA."}
+        )
+
+    class Parser(TrlParser):
+        def error(self, message: str) -> NoReturn:
+            raise InputError(f"{message}. See: qwen3-finetune train --help")
+
+    settings: Any = [RerankerArguments, ModelSettings, TrainingArguments]
+    parser = Parser(
+        settings,
+        prog="qwen3-finetune train",
+        description="Fine-tune a yes/no cross-encoder. Settings come from --config FILE (YAML) "
+        "and from flags, which win.",
+        allow_abbrev=False,
+        add_help=False,
+    )
+    parser.add_argument("--config", help="YAML file of settings")
+    parser.add_argument("-h", "--help", action="store_true", help="show the settings that matter")
+    parser.add_argument("--help_all", action="store_true", help="show every setting")
+    return parser
+
+
+def parse_training(parser: Any, argv: list[str]) -> tuple[Any, Any, Any]:
+    """Return our settings, the base and the Trainer's arguments.
+
+    Raises:
+        InputError: If a flag is unknown or has the wrong type or value.
+        DataError: If the YAML file does, with its line.
+    """
+    from .config import DEFAULTS, SHOWN, read_yaml, unknown
+
+    known = [
+        option[2:] for a in parser._actions for option in a.option_strings if option[:2] == "--"
+    ]
+    first, _ = _preliminary().parse_known_args(argv)
+    if first.help or first.help_all:
+        for action in parser._actions:
+            if first.help and action.dest not in (*SHOWN, "config", "help", "help_all"):
+                action.help = argparse.SUPPRESS
+        parser.print_help()
+        raise SystemExit(0)
+    arguments = [part for name, value in DEFAULTS.items() for part in (f"--{name}", value)]
+    if first.config is not None:
+        arguments += read_yaml(first.config, known)
+    namespace, rest = parser.parse_known_args([*arguments, *argv])
+    if rest:
+        name = rest[0].removeprefix("--").split("=")[0]
+        raise InputError(unknown(name, known))
+    return _settings(parser, namespace)
+
+
+def _preliminary() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--help_all", action="store_true")
+    return parser
+
+
+def _settings(parser: Any, namespace: argparse.Namespace) -> tuple[Any, Any, Any]:
+    import dataclasses
+
+    from trl import get_peft_config, get_quantization_config  # type: ignore[attr-defined]
+
+    from .trainee import Base
+
+    given = vars(namespace)
+    try:
+        ours, model, training = (
+            kind(**{f.name: given[f.name] for f in dataclasses.fields(kind) if f.init})
+            for kind in parser.dataclass_types
+        )
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{error} See: qwen3-finetune train --help_all") from error
+    if not model.model_name_or_path:
+        raise InputError("there is no base model. Pass --model_name_or_path NAME.")
+    if model.attn_implementation is not None:
+        raise InputError(
+            f"--attn_implementation is {model.attn_implementation!r}, but packs need the attention "
+            "of this package. Leave it out."
+        )
+    base = Base(
+        name=model.model_name_or_path,
+        revision=None if model.model_revision == "main" else model.model_revision,
+        dtype=model.dtype,
+        peft=get_peft_config(model),
+        quantization=get_quantization_config(model),
+    )
+    return ours, base, training

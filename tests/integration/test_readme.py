@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,14 +12,16 @@ from pathlib import Path
 
 import pytest
 
+from finetune.cli import main as finetune
 from qwen3_reranker.cli import main
 from qwen3_reranker.results import probability
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-FOLDERS = ("qwen3_reranker", "benchmarks", "tests")
+FOLDERS = ("qwen3_reranker", "finetune", "benchmarks", "tests")
 MODEL = "Qwen/Qwen3-Reranker-0.6B"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+FINETUNE_COMMANDS = re.findall(r"^(qwen3-finetune .*)$", README, re.MULTILINE)
 OUTPUTS = re.findall(r"^```text\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 COMMANDS = re.findall(r"^(qwen3-reranker .*?)(?:  +#.*)?$", README, re.MULTILINE)
 
@@ -43,7 +47,6 @@ def test_command_runs(
 ) -> None:
     import gzip
     import lzma
-    import shlex
 
     monkeypatch.chdir(tmp_path)
     with gzip.open("passages.jsonl.gz", "wt") as file:
@@ -52,15 +55,32 @@ def test_command_runs(
         file.write(
             '{"query": "q", "candidates": [{"text": "a", "label": 1}, {"text": "b", "label": 0}]}\n'
         )
+    if "--adapter" in command:
+        pytest.skip("runs with the fine-tuning commands below")
     arguments = shlex.split(command.replace(MODEL, str(checkpoint())))[1:]
     if "doctor" not in arguments:
         arguments += ["--model", str(checkpoint())]
     assert main(arguments) == 0
 
 
+def test_fine_tuning_commands_run_one_after_the_other(
+    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    row = {"query": "capital", "positive": ["Beijing"], "negative": ["tea", "rain"]}
+    Path("train.jsonl").write_text(f"{json.dumps(row)}\n")
+    candidates = [{"text": "Seoul", "label": 1}, {"text": "tea", "label": 0}]
+    Path("dev.jsonl").write_text(json.dumps({"query": "city", "candidates": candidates}) + "\n")
+    (with_adapter,) = [command for command in COMMANDS if "--adapter" in command]
+    for command in [*FINETUNE_COMMANDS, f"{with_adapter} --model {MODEL}"]:
+        program, *arguments = shlex.split(command.replace(MODEL, str(checkpoint())))
+        assert {"qwen3-finetune": finetune, "qwen3-reranker": main}[program](arguments) == 0
+
+
 def test_readme_shows_what_this_file_runs() -> None:
     assert len(BLOCKS) == 4
-    assert len(COMMANDS) == 5
+    assert len(COMMANDS) == 6
+    assert len(FINETUNE_COMMANDS) == 3
 
 
 def test_printed_output_is_that_of_the_published_weights() -> None:

@@ -1,0 +1,163 @@
+"""The base model with what is trained in it, ready to score packs.
+
+Decides which parameters learn. The network is the core's: what is trained is what is served.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+
+from qwen3_reranker import ModelLoadError, checkpoint, loading
+from qwen3_reranker.attention import choose_backend
+from qwen3_reranker.model import YesNoCrossEncoder
+from qwen3_reranker.packing import Pack
+from qwen3_reranker.prompt import PromptTemplate
+from qwen3_reranker.tokenization import PromptTokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """What a run starts from.
+
+    Attributes:
+        name: Hub name, folder, or "embedded".
+        revision: Revision of a Hub model.
+        dtype: Name of a dtype; None for bfloat16 on CUDA, float32 on CPU.
+        peft: A `peft.LoraConfig`; None trains every weight of the decoder.
+        quantization: A quantisation configuration of transformers, such as nf4.
+    """
+
+    name: str
+    revision: str | None = None
+    dtype: str | None = None
+    peft: Any = None
+    quantization: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Trainee:
+    """A network and the library's model around it.
+
+    Attributes:
+        network: Scores packs; what the Trainer calls.
+        full: The model that is saved; the network drives its decoder.
+        tokenizer: The core's, of the run's template.
+        tokenizer_json: Content of the base's `tokenizer.json`.
+        backend: Attention backend.
+        max_positions: Longest prompt, in tokens.
+        commit: Commit of the base on the Hub, if it came from there.
+    """
+
+    network: YesNoCrossEncoder
+    full: Any
+    tokenizer: PromptTokenizer
+    tokenizer_json: str
+    backend: str
+    max_positions: int
+    commit: str | None
+
+    def decode(self, ids: NDArray[np.int32]) -> str:
+        """Return the text of a prompt, control tokens included."""
+        tokenizer = Tokenizer.from_str(self.tokenizer_json)
+        text: str = tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+        return text
+
+    def enable_checkpointing(self) -> None:
+        """Compute activations again in the backward pass instead of keeping them."""
+        full = self.full
+        enable = getattr(full, "activation_checkpointing_enable", None)  # transformers 5.19 on
+        (enable or full.gradient_checkpointing_enable)({"use_reentrant": False})
+
+    def save(self, folder: str | Path) -> None:
+        """Write the trained weights: an adapter, or after full fine-tuning a whole model."""
+        if not isinstance(self.full, PeftModel):
+            self.full.save_pretrained(folder)
+            Path(folder, "tokenizer.json").write_text(self.tokenizer_json, encoding="utf-8")
+            return
+        # By itself peft asks the Hub whether the vocabulary has grown; embeddings never train.
+        self.full.save_pretrained(str(folder), save_embedding_layers=False)
+
+    def load(self, folder: str | Path) -> None:
+        """Read back what `save` wrote."""
+        if isinstance(self.full, PeftModel):
+            state = load_file(Path(folder, "adapter_model.safetensors"))
+            set_peft_model_state_dict(self.full, state)
+        else:
+            self.full.load_state_dict(load_file(Path(folder, "model.safetensors")), strict=False)
+
+    def answer_mass(self, pack: Pack) -> float | None:
+        """Return the mean of p(yes) + p(no) over the vocabulary, or None without a vocabulary head.
+
+        The loss sees these two tokens alone; near 1 the model agrees that one of them comes next.
+        """
+        if not hasattr(self.full, "lm_head"):
+            return None
+        weight = self.full.get_output_embeddings().weight
+        hidden = self.network.last_hidden(pack)  # (documents, hidden)
+        probabilities = (hidden.to(weight.dtype) @ weight.T).float().softmax(-1)
+        answers = [self.tokenizer.yes_id, self.tokenizer.no_id]
+        return float(probabilities[:, answers].sum(-1).mean())
+
+
+def load_trainee(base: Base, *, device: torch.device, template: PromptTemplate | None) -> Trainee:
+    """Load a base and put fresh LoRA weights into it.
+
+    Raises:
+        ModelLoadError: If the base cannot be used, or the LoRA settings do not fit it.
+    """
+    folder, gguf_file = checkpoint.locate(base.name, base.revision)
+    config = checkpoint.read_config(folder, gguf_file)
+    checkpoint.refuse_unsupported(config, base.name)
+    tokenizer_json = checkpoint.read_tokenizer(folder, gguf_file)
+    tokenizer = PromptTokenizer(tokenizer_json, template)
+    dtype = loading.DTYPES[base.dtype] if base.dtype else _default_dtype(device)
+    full = checkpoint.read_weights(folder, gguf_file, config, dtype, quantization=base.quantization)
+    head = loading.yes_no_row(full, tokenizer)
+    full.requires_grad_(False)
+    if base.peft is None:
+        # Neither the head nor the embedding it may be tied to: the yes/no row stays what it is.
+        full.base_model.layers.requires_grad_(True)
+        full.base_model.norm.requires_grad_(True)
+    else:
+        full = _with_lora(full, base.peft)
+    if base.quantization is None:
+        full.to(device)
+    decoder = (full if base.peft is None else full.get_base_model()).base_model
+    network = YesNoCrossEncoder(decoder, head.to(device))
+    backend, _ = choose_backend(device)
+    loading.self_test(network, tokenizer, backend, config.max_position_embeddings)
+    return Trainee(
+        network,
+        full,
+        tokenizer,
+        tokenizer_json,
+        backend,
+        config.max_position_embeddings,
+        getattr(config, "_commit_hash", None),
+    )
+
+
+def _default_dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def _with_lora(full: Any, settings: Any) -> Any:
+    settings.task_type = "CAUSAL_LM" if hasattr(full, "lm_head") else "SEQ_CLS"
+    if settings.modules_to_save:
+        raise ModelLoadError(
+            f"lora_modules_to_save is {list(settings.modules_to_save)}, but the yes/no head is "
+            "never trained, or serving would have to know. Leave it out."
+        )
+    try:
+        return get_peft_model(full, settings)
+    except ValueError as error:
+        raise ModelLoadError(f"the LoRA settings do not fit the base: {error}") from error

@@ -1,0 +1,153 @@
+"""The optimizer step: transformers' Trainer over groups instead of padded rows.
+
+Decides how a step's loss is counted and what is measured in between. Everything about schedules,
+devices, logging and checkpoints is the Trainer's.
+"""
+
+from __future__ import annotations
+
+import logging
+import resource
+from collections.abc import Iterator, Sequence
+from time import perf_counter
+from typing import Any
+
+import torch
+import transformers
+
+from .evaluate import Evaluation
+from .groups import Example, GroupDataset, training_packs
+from .losses import GroupLoss
+from .trainee import Trainee
+
+logger = logging.getLogger(__name__)
+
+
+class GroupTrainer(transformers.Trainer):
+    """Trains a packed network; a batch is a list of examples, `num_items` counts groups.
+
+    A step's loss is the mean over all its groups, over gradient accumulation and processes alike,
+    so that neither the token budget nor the number of devices changes what is learnt.
+
+    Args:
+        trainee: Its network is trained and called; its full model is saved.
+        args: The Trainer's arguments.
+        rows: Training groups.
+        loss: Loss of one group.
+        max_batch_tokens: Tokens per forward; splits a step, never changes it.
+        evaluation: What `evaluate` measures, or None.
+        callbacks: As the Trainer's.
+    """
+
+    def __init__(
+        self,
+        trainee: Trainee,
+        args: transformers.TrainingArguments,
+        rows: GroupDataset,
+        *,
+        loss: GroupLoss,
+        max_batch_tokens: int,
+        evaluation: Evaluation | None,
+        callbacks: list[transformers.TrainerCallback] | None = None,
+    ) -> None:
+        if args.gradient_checkpointing:
+            trainee.enable_checkpointing()
+            # Or the Trainer would ask the network for it, under either of its two names.
+            args.gradient_checkpointing = False
+            args.activation_checkpointing = False
+        super().__init__(
+            trainee.network,
+            args,
+            data_collator=_as_batch,
+            train_dataset=rows,
+            eval_dataset=rows,  # never read: `evaluate` has lists of its own
+            callbacks=callbacks,
+        )
+        self._trainee = trainee
+        self._loss = loss
+        self._max_batch_tokens = max_batch_tokens
+        self._evaluation = evaluation
+        self._groups, self._tokens, self._since = 0, 0, perf_counter()
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[list[Example]], num_batches: int, device: torch.device
+    ) -> tuple[list[list[Example]], torch.Tensor]:
+        """Return the batches of one optimizer step and its number of groups on all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = torch.tensor(sum(map(len, batches)), device=device)
+        return batches, self.accelerator.gather(count).sum()
+
+    def training_step(  # type: ignore[override]
+        self,
+        model: torch.nn.Module,
+        inputs: Sequence[Example],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Add the gradients of one batch; return its share of the step's mean loss."""
+        model.train()
+        device = self.args.device
+        packs = list(
+            training_packs(
+                inputs,
+                max_batch_tokens=self._max_batch_tokens,
+                backend=self._trainee.backend,
+                device=device,
+            )
+        )
+        assert num_items_in_batch is not None, "get_batch_samples counts the groups"  # noqa: S101
+        total = torch.zeros((), device=device)
+        for packed in packs:
+            with self.compute_loss_context_manager():
+                log_odds = model(packed.pack).split([len(targets) for targets in packed.targets])
+            losses = [self._loss(*pair) for pair in zip(log_odds, packed.targets, strict=True)]
+            share = torch.stack(losses).sum() / num_items_in_batch
+            # Processes average their gradients, but the count is already that of all of them.
+            self.accelerator.backward(share * self.accelerator.num_processes)
+            total += share.detach()
+            self._tokens += len(packed.pack.token_ids)
+        self._groups += len(inputs)
+        return total
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Rank the frozen lists, log and return the metrics."""
+        if self._evaluation is None:
+            return {}
+        measured, warnings = self._evaluation.measure()
+        metrics = {f"eval_{key}": value for key, value in measured.items()}
+        self.log(metrics)
+        for warning in warnings:
+            logger.warning("Step %d, %s", self.state.global_step, warning)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, and beside a loss how fast it goes and how much memory it took."""
+        if "loss" in logs:
+            seconds = perf_counter() - self._since
+            logs["groups/s"] = round(self._groups / seconds, 2)
+            logs["tokens/s"] = round(self._tokens / seconds)
+            logs["memory_gb"] = round(_peak_memory_gb(self.args.device), 2)
+            self._groups, self._tokens, self._since = 0, 0, perf_counter()
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self.args.should_save:
+            self._trainee.save(output_dir or str(self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self._trainee.load(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        self._trainee.load(str(self.state.best_model_checkpoint))
+
+
+def _peak_memory_gb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # kilobytes on Linux
+
+
+def _as_batch(examples: list[Example]) -> Any:
+    return examples
