@@ -28,7 +28,7 @@ from .adapter import save_adapter
 from .config import RerankerArguments
 from .data import TrainingFile, TrainingGroup, check_leaks, describe, read_training_file
 from .evaluate import Evaluation, compare_sets, read_lists
-from .groups import GroupDataset, Sampling, training_packs
+from .groups import Example, GroupDataset, Sampling, training_packs
 from .report import Report, summary_lines, write_report
 from .trainee import Base, Trainee, load_trainee
 from .trainer import GroupTrainer
@@ -37,6 +37,8 @@ _PARITY = {"float32": 1e-4}
 """Largest difference of log-odds between training and the reloaded adapter; else `_HALF_PARITY`."""
 _HALF_PARITY = 0.5
 _PREVIEWED = 256
+_EXPECTED_MASS = 0.5
+"""A model that knows the prompt answers it: below this, it probably does not."""
 
 Say = Callable[[str], None]
 
@@ -89,8 +91,12 @@ def train(
         training.device, trainee.full.config, next(trainee.network.parameters()).dtype
     )
     dataset = GroupDataset(data.rows, trainee.tokenizer, sampling(arguments, training, max_length))
-    for line in preflight(trainee, dataset, training, arguments, budget):
+    mass = answer_mass(trainee, dataset[0], training.device)
+    warnings = _mass_warnings(mass)
+    for line in preflight(trainee, dataset, training, arguments, budget, mass):
         say(line)
+    for warning in warnings:
+        say(f"WARNING: {warning}")
     if arguments.dry_run:
         say("Dry run: nothing was trained. Leave out --dry_run to train.")
         return output
@@ -108,11 +114,11 @@ def train(
         title=f"{base.name} fine-tuned",
         base=base.name,
         adapter=str(output),
-        settings=_settings(arguments, training, base),
+        settings=_settings(arguments, training, base, mass),
         data=[line for file in data.files for line in _file_lines(file)],
         sets=compare_sets(data.lists, before, after, data.guards),
         history=history,
-        warnings=[],
+        warnings=warnings,
         next_step=next_step(base, output),
     )
     write_report(output, report)
@@ -193,6 +199,7 @@ def preflight(
     training: transformers.TrainingArguments,
     arguments: RerankerArguments,
     budget: int,
+    mass: float | None,
 ) -> Iterator[str]:
     """Yield what a user should see before time is spent."""
     trained = sum(p.numel() for p in trainee.network.parameters() if p.requires_grad)
@@ -219,19 +226,28 @@ def preflight(
     first = examples[0].encoded
     ids = np.concatenate([first.head, first.documents[0]])
     yield "  | " + trainee.decode(ids).replace("\n", "\n  | ")
-    with torch.no_grad():
-        trainee.network.eval()
-        (packed,) = training_packs(
-            examples[:1], max_batch_tokens=budget, backend=trainee.backend, device=training.device
-        )
-        mass = trainee.answer_mass(packed.pack)
     if mass is not None:
         yield f"p(yes) + p(no) over the whole vocabulary: {mass:.3f}"
-        if mass < 0.5:
-            yield (
-                "WARNING: the base model does not expect yes or no after this prompt. Is it a "
-                "reranker, or is the template another?"
-            )
+
+
+@torch.no_grad()
+def answer_mass(trainee: Trainee, example: Example, device: torch.device) -> float | None:
+    """Return the base model's p(yes) + p(no) over the vocabulary after a prompt of the run."""
+    trainee.network.eval()
+    size = example.num_tokens
+    (packed,) = training_packs(
+        [example], max_batch_tokens=size, backend=trainee.backend, device=device
+    )
+    return trainee.answer_mass(packed.pack)
+
+
+def _mass_warnings(mass: float | None) -> list[str]:
+    if mass is None or mass >= _EXPECTED_MASS:
+        return []
+    return [
+        f"The base model gives yes and no together a probability of {mass:.3f} after this prompt. "
+        "Is it a reranker, or is the template another? Training has to teach it to answer first."
+    ]
 
 
 def _optimise(
@@ -355,7 +371,10 @@ def _write_rejected(data: Data, output: Path) -> None:
 
 
 def _settings(
-    arguments: RerankerArguments, training: transformers.TrainingArguments, base: Base
+    arguments: RerankerArguments,
+    training: transformers.TrainingArguments,
+    base: Base,
+    mass: float | None,
 ) -> dict[str, str]:
     shown = {
         "learning rate": training.learning_rate,
@@ -367,6 +386,7 @@ def _settings(
         "loss": arguments.loss,
         "positives, negatives per group": f"{arguments.num_positives}, {arguments.num_negatives}",
         "max_length": arguments.max_length,
+        "p(yes) + p(no) of the base": "no vocabulary head" if mass is None else f"{mass:.3f}",
         "LoRA": "none, full fine-tuning"
         if base.peft is None
         else f"r {base.peft.r}, alpha {base.peft.lora_alpha}",
