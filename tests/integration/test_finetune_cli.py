@@ -97,15 +97,16 @@ def test_train_leaves_an_adapter_that_the_core_serves(
     assert all("lora_" in name for name in load_file(output / "adapter_model.safetensors"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
-        pytest.param(["--loss", "listwise"], marks=pytest.mark.slow),
+        ["--loss", "listwise"],
         ["--loss", "hybrid", "--listwise_weight", "0.5"],
         ["--loss", "distill"],
-        pytest.param(["--loss", "distill", "--distill_loss", "margin_mse"], marks=pytest.mark.slow),
-        pytest.param(["--use_rslora", "true"], marks=pytest.mark.slow),
-        pytest.param(["--use_dora", "true"], marks=pytest.mark.slow),
+        ["--loss", "distill", "--distill_loss", "margin_mse"],
+        ["--use_rslora", "true"],
+        ["--use_dora", "true"],
         ["--activation_checkpointing", "true", "--gradient_accumulation_steps", "2"],
         ["--use_peft", "false", "--learning_rate", "1e-4"],
     ],
@@ -119,6 +120,7 @@ def test_train_with_other_settings(
     assert (output / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_train_on_a_sequence_classification_base(train: Callable[..., tuple[int, Path]]) -> None:
     status, output = train(architecture="ForSequenceClassification")
     assert status == 0
