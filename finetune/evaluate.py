@@ -21,6 +21,7 @@ from qwen3_reranker import Reranker
 from qwen3_reranker.candidates import CandidateList, ndcg_at_10, read_candidates
 from qwen3_reranker.engine import Engine
 from qwen3_reranker.errors import DataError
+from qwen3_reranker.loading import attention_budget
 
 from .metrics import ScoredSet, alarms, calibration, compare, heuristics, measure, spread
 from .report import Report, SetReport, summary_lines, write_report
@@ -52,12 +53,11 @@ class Evaluation:
         network, tokenizer = self.trainee.network, self.trainee.tokenizer
         was_training = network.training
         network.eval()
-        gathers = self.trainee.backend != "documents"
         engine = Engine(
             network.score,
             backend=self.trainee.backend,
             max_batch_tokens=self.max_batch_tokens,
-            max_attention_tokens=4 * self.max_batch_tokens if gathers else None,
+            max_attention_tokens=attention_budget(self.trainee.backend, self.max_batch_tokens),
         )
 
         def score(each: CandidateList) -> list[float]:

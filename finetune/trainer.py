@@ -86,13 +86,11 @@ class GroupTrainer(transformers.Trainer):
         """Add the gradients of one batch; return its share of the step's mean loss."""
         model.train()
         device = self.args.device
-        packs = list(
-            training_packs(
-                inputs,
-                max_batch_tokens=self._max_batch_tokens,
-                backend=self._trainee.backend,
-                device=device,
-            )
+        packs = training_packs(
+            inputs,
+            max_batch_tokens=self._max_batch_tokens,
+            backend=self._trainee.backend,
+            device=device,
         )
         assert num_items_in_batch is not None, "get_batch_samples counts the groups"  # noqa: S101
         total = torch.zeros((), device=device)

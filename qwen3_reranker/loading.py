@@ -120,7 +120,7 @@ def load_model(
         tokenizer=tokenizer,
         max_positions=config.max_position_embeddings,
         max_batch_tokens=max_batch_tokens,
-        max_attention_tokens=None if backend == "documents" else 4 * max_batch_tokens,
+        max_attention_tokens=attention_budget(backend, max_batch_tokens),
         backend=backend,
         choices={
             "architecture": f"{config.architectures[0]} ({config.num_hidden_layers} layers, "
@@ -133,6 +133,11 @@ def load_model(
             "longest prompt": f"{config.max_position_embeddings} tokens",
         },
     )
+
+
+def attention_budget(backend: str, max_batch_tokens: int) -> int | None:
+    """Return the attention tokens a pack may have, None for a backend that gathers nothing."""
+    return None if backend == "documents" else 4 * max_batch_tokens
 
 
 def default_batch_tokens(device: torch.device, config: Any, dtype: torch.dtype) -> int:

@@ -37,6 +37,18 @@ def group(*documents: int, head: int = 1) -> EncodedGroup:
     return EncodedGroup(np.array([head], np.int32), ids, [False] * len(ids), 0)
 
 
+def run_process(code: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a process of its own, to its end."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
 def last_ids(pack: Pack) -> list[int]:
     return [int(pack.token_ids[i]) for i in pack.last_tokens]
 
@@ -396,14 +408,7 @@ print("leaving", flush=True)
 
 def test_process_with_queued_work_exits() -> None:
     start = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", EXIT_WITH_QUEUED_WORK],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_process(EXIT_WITH_QUEUED_WORK)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.split() == ["leaving", "ClosedError"]
     assert time.monotonic() - start < 10  # the queue alone would take 100 s
@@ -432,14 +437,7 @@ del engine
 
 def test_process_waits_for_an_owner_that_frees_the_weights() -> None:
     # Otherwise the interpreter ends the owner inside torch, which aborts the process.
-    done = subprocess.run(
-        [sys.executable, "-c", EXIT_BEFORE_WEIGHTS_ARE_FREED],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_process(EXIT_BEFORE_WEIGHTS_ARE_FREED)
     assert (done.returncode, done.stderr, done.stdout) == (0, "", "freed\n")
 
 
@@ -468,14 +466,7 @@ print("leaving")
 
 def test_interrupt_ends_a_process_that_waits_for_a_forward() -> None:
     start = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED_AT_EXIT],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_process(INTERRUPTED_AT_EXIT)
     assert (done.returncode, done.stdout) == (130, "leaving\n")
     assert time.monotonic() - start < 15
 
