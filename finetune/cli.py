@@ -132,6 +132,7 @@ def training_parser() -> Any:
         allow_abbrev=False,
         add_help=False,
     )
+    parser.set_defaults(save_steps=None)
     parser.add_argument("--config", help="YAML file of settings")
     parser.add_argument("-h", "--help", action="store_true", help="show the settings that matter")
     parser.add_argument("--help_all", action="store_true", help="show every setting")
@@ -183,6 +184,10 @@ def _settings(parser: Any, namespace: argparse.Namespace) -> tuple[Any, Any, Any
     from .trainee import Base
 
     given = vars(namespace)
+    if given["save_steps"] is None:  # the best state can only be kept where it was measured
+        given["save_steps"] = given["eval_steps"]
+    if not given["eval_file"]:
+        given.update(eval_strategy="no", load_best_model_at_end=False)
     try:
         ours, model, training = (
             kind(**{f.name: given[f.name] for f in dataclasses.fields(kind) if f.init})

@@ -101,7 +101,6 @@ DEFAULTS: dict[str, str] = {
     "eval_strategy": "steps",
     "eval_steps": "0.1",
     "save_strategy": "steps",
-    "save_steps": "0.1",
     "save_total_limit": "2",
     "load_best_model_at_end": "true",
     "metric_for_best_model": "ndcg@10",

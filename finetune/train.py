@@ -92,7 +92,7 @@ def train(
     )
     dataset = GroupDataset(data.rows, trainee.tokenizer, sampling(arguments, training, max_length))
     mass = answer_mass(trainee, dataset[0], training.device)
-    warnings = _mass_warnings(mass)
+    warnings = [*_mass_warnings(mass), *_quantization_warnings(base)]
     for line in preflight(trainee, dataset, training, arguments, budget, mass):
         say(line)
     for warning in warnings:
@@ -250,6 +250,15 @@ def _mass_warnings(mass: float | None) -> list[str]:
     ]
 
 
+def _quantization_warnings(base: Base) -> list[str]:
+    if base.quantization is None:
+        return []
+    return [
+        "The figures are those of the quantised base, but the adapter is served on full weights. "
+        "Measure it there with qwen3-finetune evaluate."
+    ]
+
+
 def _optimise(
     arguments: RerankerArguments,
     training: transformers.TrainingArguments,
@@ -261,9 +270,6 @@ def _optimise(
 ) -> list[dict[str, float]]:
     """Train, keep the best state, and return what was logged."""
     watched = everything.without(guards).sample(arguments.max_eval_queries, training.seed)
-    if not watched.lists:
-        training.eval_strategy = transformers.trainer_utils.IntervalStrategy.NO
-        training.load_best_model_at_end = False
     callbacks: list[transformers.TrainerCallback] = []
     if watched.lists and arguments.early_stopping_patience:
         callbacks.append(transformers.EarlyStoppingCallback(arguments.early_stopping_patience))

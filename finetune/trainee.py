@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
@@ -156,6 +157,15 @@ def _with_lora(full: Any, settings: Any) -> Any:
         raise ModelLoadError(
             f"lora_modules_to_save is {list(settings.modules_to_save)}, but the yes/no head is "
             "never trained, or serving would have to know. Leave it out."
+        )
+    outside = [name for name, _ in full.named_modules()
+               if settings.target_modules != "all-linear" and ".layers." not in f".{name}"
+               and check_target_module_exists(settings, name)]  # fmt: skip
+    if outside:
+        raise ModelLoadError(
+            f"lora_target_modules reaches '{outside[0]}', but only the decoder's layers are "
+            "trained: the yes/no row is cut from the head, and embeddings may be tied to it. "
+            "Leave the setting out for all linear layers."
         )
     try:
         return get_peft_model(full, settings)

@@ -94,7 +94,10 @@ def test_train_leaves_an_adapter_that_the_core_serves(
     assert rerank(shlex.split(out.splitlines()[-1])[1:]) == 0
     settings = json.loads((output / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == base
-    assert all("lora_" in name for name in load_file(output / "adapter_model.safetensors"))
+    weights = load_file(output / "adapter_model.safetensors")
+    num_layers = json.loads(Path(base, "config.json").read_text())["num_hidden_layers"]
+    assert len(weights) == 2 * 7 * num_layers  # A and B of every linear layer, never of the head
+    assert all("lora_" in name and ".layers." in name for name in weights)
 
 
 @pytest.mark.slow
@@ -109,6 +112,8 @@ def test_train_leaves_an_adapter_that_the_core_serves(
         ["--use_dora", "true"],
         ["--activation_checkpointing", "true", "--gradient_accumulation_steps", "2"],
         ["--use_peft", "false", "--learning_rate", "1e-4"],
+        ["--dtype", "bfloat16"],
+        ["--load_in_4bit", "true"],
     ],
     ids=lambda flags: " ".join(flags[:2]),
 )
@@ -118,6 +123,9 @@ def test_train_with_other_settings(
     status, output = train(*flags)
     assert status == 0
     assert (output / "report.html").is_file()
+    # Small steps would round away in half precision, whatever the base is in.
+    weights = load_file(next(output.glob("*model.safetensors")))
+    assert {str(tensor.dtype) for tensor in weights.values()} == {"float32"}
 
 
 @pytest.mark.slow
@@ -209,6 +217,14 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
     assert training.metric_for_best_model == "ndcg@10"
 
 
+def test_states_are_saved_where_they_are_measured() -> None:
+    _, _, training = parse("--eval_file", "dev.jsonl", "--eval_steps", "20")
+    assert (training.save_steps, training.load_best_model_at_end) == (20, True)
+    _, _, training = parse("--save_steps", "7")  # nothing is measured
+    assert (training.save_steps, training.load_best_model_at_end) == (7, False)
+    assert training.eval_strategy == "no"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -222,6 +238,8 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
         ("a: [\n", "is not YAML"),
         ("lr_scheduler_type: cosin\n", "cosin"),
         ("use_peft: perhaps\n", "perhaps"),
+        ("warmup_ratio: 0.1\n", "there is no setting 'warmup_ratio'. Did you mean 'warmup_"),
+        ("evaluation_strategy: steps\n", "Did you mean 'eval"),
     ],
 )  # fmt: skip
 def test_wrong_settings_of_a_file_are_refused(
@@ -242,6 +260,9 @@ def test_wrong_settings_of_a_file_are_refused(
         (["--instruction", "a", "b", "c"], "3 values for 1 training files"),
         (["--attn_implementation", "sdpa"], "Leave it out"),
         (["--lora_modules_to_save", "lm_head"], "never trained"),
+        (["--lora_target_modules", "q_proj", "lm_head"], "reaches 'lm_head'"),
+        (["--lora_target_modules", "k_proj", "embed_tokens"], "only the decoder's layers"),
+        (["--lora_target_modules", "c_attn"], "do not fit the base"),
     ],
 )
 def test_wrong_flags_are_refused(
