@@ -10,14 +10,15 @@ import argparse
 import hashlib
 import json
 import random
+import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
 
 from tqdm import tqdm
 
-from qwen3_reranker import Reranker
+from qwen3_reranker import Reranker, checkpoint
 from qwen3_reranker.candidates import CandidateList, ndcg_at_10, read_candidates
 from qwen3_reranker.engine import Engine
 from qwen3_reranker.errors import DataError
@@ -102,6 +103,17 @@ class Evaluation:
         return replace(self, lists=lists)
 
 
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A model as the core serves it; settings as of `Reranker`."""
+
+    model: str
+    adapter: str | None = None
+    dtype: str | None = None
+    device: str | None = None
+    max_length: int = 8192
+
+
 def read_lists(paths: Sequence[str]) -> dict[str, list[CandidateList]]:
     """Read judged candidate lists, by the name of their file.
 
@@ -166,29 +178,33 @@ def main(argv: Sequence[str]) -> int:
     guards = list(lists)[len(arguments.eval_file) :]
     output = Path(arguments.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    after = _saved_scores(arguments, arguments.adapter, lists, output)
-    if arguments.adapter is not None:
-        before, base = _saved_scores(arguments, None, lists, output), arguments.model
+    names = ("model", "adapter", "dtype", "device", "max_length")
+    tuned = Served(**{name: getattr(arguments, name) for name in names})
+    after = saved_scores(tuned, lists, output)
+    if tuned.adapter is not None:
+        before, base = saved_scores(replace(tuned, adapter=None), lists, output), tuned.model
     else:
         before = {name: heuristics(each)["given order"] for name, each in lists.items()}
         base = "first stage"
     sets = compare_sets(lists, before, after, guards)
     if arguments.instruction_check:
         sets = [
-            replace(each, instruction=_instruction_check(arguments, each, lists, output))
+            replace(each, instruction=_instruction_check(tuned, each, lists, output))
             for each in sets
         ]
-    tuned = arguments.adapter or arguments.model
     report = Report(
-        title=f"{base} and {tuned}",
+        title=f"{base} and {tuned.adapter or tuned.model}",
         base=base,
-        adapter=tuned,
-        settings={"max_length": str(arguments.max_length), "dtype": str(arguments.dtype)},
-        data=[f"{path}, sha256 {_sha256(path)[:12]}" for path in arguments.eval_file],
+        adapter=tuned.adapter or tuned.model,
+        settings={"max_length": str(tuned.max_length), "dtype": str(tuned.dtype)},
+        data=[
+            f"{path}, sha256 {_sha256(path)[:12]}"
+            for path in (*arguments.eval_file, *arguments.guard_file)
+        ],
         sets=sets,
         history=[],
         warnings=[],
-        next_step=f'qwen3-reranker rank -m {arguments.model} -q "a query" "a document" "another"',
+        next_step=next_step(tuned.model, tuned.adapter),
     )
     page = write_report(output, report)
     for line in [*summary_lines(report), f"Report: {page}"]:
@@ -218,28 +234,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _saved_scores(
-    arguments: argparse.Namespace, adapter: str | None, lists: Lists, output: Path
-) -> Scores:
-    """Return the scores of a model, computed once per folder, settings and lists."""
+def saved_scores(served: Served, lists: Lists, output: Path) -> Scores:
+    """Return the scores of a model, computed once per weights, settings and lists.
+
+    They are kept in the folder `output`, which must exist.
+    """
     texts = [
         [(each.instruction, each.query, each.texts) for each in rows] for rows in lists.values()
     ]
-    weights = _sha256(Path(adapter, "adapter_model.safetensors")) if adapter else None
-    key = (arguments.model, weights, arguments.dtype, arguments.max_length, list(lists), texts)
+    files = [_weights(name) for name in (served.model, served.adapter) if name is not None]
+    key = (files, served.dtype, served.max_length, list(lists), texts)
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     file = output / f"scores-{digest}.json"
     if file.is_file():
-        print(f"Scores of {adapter or arguments.model} reused: {file}")
+        print(f"Scores of {served.adapter or served.model} reused: {file}")
         found: Scores = json.loads(file.read_text(encoding="utf-8"))
         return found
-    with Reranker(
-        arguments.model,
-        adapter=adapter,
-        dtype=arguments.dtype,
-        device=arguments.device,
-        max_length=arguments.max_length,
-    ) as reranker:
+    with Reranker(**asdict(served)) as reranker:
 
         def score(each: CandidateList) -> list[float]:
             ranking = reranker.rank(each.query, each.texts, instruction=each.instruction)
@@ -251,7 +262,7 @@ def _saved_scores(
 
 
 def _instruction_check(
-    arguments: argparse.Namespace, report: SetReport, lists: Lists, output: Path
+    served: Served, report: SetReport, lists: Lists, output: Path
 ) -> dict[str, float]:
     """Return nDCG@10 under the right, the default and another query's instruction."""
     right = lists[report.name]
@@ -267,7 +278,7 @@ def _instruction_check(
             ]
         }
         if any(instructions) or name == "default":
-            scores = _saved_scores(arguments, arguments.adapter, changed, output)
+            scores = saved_scores(served, changed, output)
             scored = ScoredSet(report.name, right, scores[report.name])
             found[name] = mean(measure(scored)["nDCG@10"])
     return found
@@ -294,6 +305,21 @@ def _judged(path: str) -> list[CandidateList]:
         what = f"query {unjudged[0]} has no labels" if lists else "it has no rows"
         raise DataError(f"{path}: {what}, so nothing can be measured. Add a label per candidate.")
     return lists
+
+
+def next_step(model: str, adapter: str | None) -> str:
+    """Return the command that a user would type next; no training text stands in it."""
+    names = f"--model {shlex.quote(model)}"
+    if adapter is not None:
+        names += f" --adapter {shlex.quote(adapter)}"
+    return f'qwen3-reranker rank {names} -q "your query" "first document" "second document"'
+
+
+def _weights(name: str) -> list[tuple[str, int, int]]:
+    """Return path, size and time of a model's weights: other weights, another answer."""
+    folder, gguf_file = checkpoint.locate(name, None)
+    found = sorted(folder.glob(gguf_file or "*.safetensors"))
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found]
 
 
 def _sha256(path: str | Path) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from . import losses
 from .adapter import save_adapter
 from .config import RerankerArguments
 from .data import TrainingFile, TrainingGroup, check_leaks, describe, read_training_file
-from .evaluate import Evaluation, compare_sets, read_lists
+from .evaluate import Evaluation, compare_sets, next_step, read_lists
 from .groups import Example, GroupDataset, Sampling, training_packs
 from .report import Report, summary_lines, write_report
 from .trainee import Base, Trainee, load_trainee
@@ -119,7 +118,7 @@ def train(
         sets=compare_sets(data.lists, before, after, data.guards),
         history=history,
         warnings=warnings,
-        next_step=next_step(base, output),
+        next_step=next_step(*_served(base, output)),
     )
     write_report(output, report)
     for line in summary_lines(report):
@@ -311,16 +310,12 @@ def _check_reloaded(
         return  # the core serves the adapter on full weights, whose scores are others
     dtype = str(next(trainee.network.decoder.layers.parameters()).dtype).removeprefix("torch.")
     bound = _PARITY.get(dtype, _HALF_PARITY)
-    device = str(trainee.network.device)
-    if base.peft is None:
-        reloaded = Reranker(
-            str(output), dtype=dtype, device=device, max_length=evaluation.max_length
-        )
-    else:
-        reloaded = Reranker(
-            base.name, adapter=str(output), revision=base.revision, dtype=dtype, device=device,
-            max_length=evaluation.max_length, template=trainee.tokenizer.template,
-        )  # fmt: skip
+    model, adapter = _served(base, output)
+    reloaded = Reranker(
+        model, adapter=adapter, revision=base.revision if adapter else None, dtype=dtype,
+        device=str(trainee.network.device), max_length=evaluation.max_length,
+        template=trainee.tokenizer.template,
+    )  # fmt: skip
     largest = 0.0
     with reloaded:
         for name, lists in evaluation.lists.items():
@@ -335,12 +330,9 @@ def _check_reloaded(
         )
 
 
-def next_step(base: Base, output: Path) -> str:
-    """Return the command that a user would type next; no training text stands in it."""
-    model = f"--model {shlex.quote(str(output))}"
-    if base.peft is not None:
-        model = f"--model {shlex.quote(base.name)} --adapter {shlex.quote(str(output))}"
-    return f'qwen3-reranker rank {model} -q "your query" "first document" "second document"'
+def _served(base: Base, output: Path) -> tuple[str, str | None]:
+    """Return model and adapter as the core takes them; full fine-tuning leaves a model."""
+    return (str(output), None) if base.peft is None else (base.name, str(output))
 
 
 def _template(arguments: RerankerArguments) -> Any:
