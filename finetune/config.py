@@ -116,7 +116,8 @@ SHOWN = (
     "model_name_or_path", "model_revision", "dtype", "use_peft", "lora_r", "lora_alpha",
     "lora_dropout", "lora_target_modules", "use_rslora", "use_dora", "load_in_4bit",
     "output_dir", "learning_rate", "num_train_epochs", "max_steps",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "activation_checkpointing",
+    "per_device_train_batch_size", "gradient_accumulation_steps",
+    "activation_checkpointing", "gradient_checkpointing",  # the second before transformers 5.19
     "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "bf16", "seed",
     "logging_steps", "eval_steps", "save_steps", "report_to",
 )  # fmt: skip

@@ -12,12 +12,19 @@ from typing import Any
 
 import pytest
 from safetensors.numpy import load_file
+from transformers import TrainingArguments
 
 from finetune.cli import main, parse_training, training_parser
 from finetune.config import SHOWN
 from qwen3_reranker import ModelLoadError, Reranker
 from qwen3_reranker.cli import main as rerank
 from tests import texts
+
+CHECKPOINTING = (
+    "--activation_checkpointing"
+    if hasattr(TrainingArguments, "activation_checkpointing")
+    else "--gradient_checkpointing"
+)
 
 
 @pytest.fixture
@@ -110,7 +117,7 @@ def test_train_leaves_an_adapter_that_the_core_serves(
         ["--loss", "distill", "--distill_loss", "margin_mse"],
         ["--use_rslora", "true"],
         ["--use_dora", "true"],
-        ["--activation_checkpointing", "true", "--gradient_accumulation_steps", "2"],
+        [CHECKPOINTING, "true", "--gradient_accumulation_steps", "2"],
         ["--use_peft", "false", "--learning_rate", "1e-4"],
         ["--dtype", "bfloat16"],
         ["--load_in_4bit", "true"],
@@ -279,7 +286,8 @@ def test_help_shows_what_matters_and_help_all_the_rest(capsys: pytest.CaptureFix
         with pytest.raises(SystemExit):
             main(["train", flag])
         shown[flag] = capsys.readouterr().out
-    assert all(f"--{name}" in shown["--help"] for name in SHOWN)
+    named = {name for name in SHOWN if f"--{name}" in shown["--help"]}
+    assert set(SHOWN) - named <= {"activation_checkpointing"}  # before transformers 5.19
     assert "--adam_beta1" not in shown["--help"]
     assert "--adam_beta1" in shown["--help_all"]
 
