@@ -21,6 +21,7 @@ from .embedded import EMBEDDED, embedded_folder
 from .errors import ModelLoadError
 
 _ADAPTER_FILE = "adapter_model.safetensors"
+_CONTROL_TOKENS = {"<|im_start|>", "<|im_end|>", "<think>", "</think>"}
 _SUPPORTED = ("qwen3", "qwen2", "llama")
 # Their frequencies change with the longest position of a forward, so a score would depend on the
 # other documents of its pack.
@@ -117,6 +118,14 @@ def read_tokenizer(folder: Path, gguf_file: str | None) -> str:
             f"the tokenizer of '{folder}' cannot be read ({type(error).__name__}). Copy the "
             "tokenizer.json of the base model beside the weights."
         ) from error
+    added = {token["content"] for token in state["added_tokens"]}
+    lost = (_CONTROL_TOKENS & set(state["model"]["vocab"])) - added
+    if lost:  # transformers 5.17: the prompt would be another, and none would notice
+        raise ModelLoadError(
+            f"transformers {transformers.__version__} takes {', '.join(sorted(lost))} in "
+            f"'{gguf_file}' for plain text. Copy the tokenizer.json of the base model beside the "
+            "file, or update transformers."
+        )
     if "qwen" in type(tokenizer).__name__.lower():
         state["normalizer"] = {"type": "NFC"}  # lost in a GGUF file; Qwen composes its text
     return json.dumps(state)

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -86,6 +87,25 @@ def write_qwen3_gguf(folder: Path, file: Path) -> Path:
     writer.write_kv_data_to_file()
     writer.close()
     return file
+
+
+def test_gguf_tokenizer_that_lost_its_control_tokens_is_refused(
+    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qwen3_reranker.checkpoint import read_tokenizer
+
+    class Rebuilt:  # what transformers 5.17 makes of a Qwen3 file
+        def to_str(self) -> str:
+            state = json.loads((checkpoint() / "tokenizer.json").read_text())
+            kept = [t for t in state["added_tokens"] if "think" not in t["content"]]
+            lost = {"<think>": 151667, "</think>": 151668}
+            vocabulary = {**state["model"]["vocab"], **lost}
+            return json.dumps({"added_tokens": kept, "model": {"vocab": vocabulary}})
+
+    tokenizer = SimpleNamespace(backend_tokenizer=Rebuilt())
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: tokenizer)
+    with pytest.raises(ModelLoadError, match="takes </think>, <think> in"):
+        read_tokenizer(tmp_path, "tiny.gguf")
 
 
 def test_chat_template_in_the_folder_is_ignored(copy: Callable[..., Path]) -> None:
