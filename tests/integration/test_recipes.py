@@ -7,7 +7,9 @@ import lzma
 import subprocess
 import sys
 from collections.abc import Callable
+from math import log2
 from pathlib import Path
+from statistics import mean
 
 import pytest
 
@@ -51,3 +53,57 @@ def test_embedded_recipe_splits_questions_and_its_config_is_read(tmp_path: Path)
     assert "treat" in (derived.instruction or "")
     ours, base, _ = parse_training(training_parser(), ["--config", str(folder / "train.yaml")])
     assert (ours.loss, base.name, base.peft.r) == ("hybrid", "embedded", 16)
+
+
+SUPPORT = RECIPES[0].parent / "support"
+
+
+def test_support_recipe_is_read_and_its_data_is_what_it_says() -> None:
+    from finetune.cli import parse_training, training_parser
+    from finetune.data import check_leaks, read_training_file
+    from finetune.evaluate import read_lists
+
+    config = ["--config", str(SUPPORT / "train.yaml")]
+    ours, base, _ = parse_training(training_parser(), config)
+    assert (base.name, base.peft.r, ours.max_length) == ("embedded", 16, 256)
+    assert ours.train_file == ["recipes/support/train.jsonl"]  # from the root of a clone
+    assert ours.eval_file == ["recipes/support/dev.jsonl"]
+    groups = read_training_file(str(SUPPORT / "train.jsonl")).groups
+    lists = read_lists([str(SUPPORT / "dev.jsonl")])
+    assert (len(groups), len(lists["dev"])) == (192, 48)
+    assert {(len(group.positive), len(group.negative)) for group in groups} == {(1, 5)}
+    assert {(len(each.texts), sum(each.labels or [])) for each in lists["dev"]} == {(10, 1)}
+    assert check_leaks(groups, lists) == []
+    trained = {text for group in groups for text in [*group.positive, *group.negative]}
+    assert not trained & {text for each in lists["dev"] for text in each.texts}
+
+
+def test_support_queries_have_another_answer_under_each_instruction() -> None:
+    from finetune.data import read_training_file
+    from finetune.evaluate import read_lists
+
+    groups = read_training_file(str(SUPPORT / "train.jsonl")).groups
+    (lists,) = read_lists([str(SUPPORT / "dev.jsonl")]).values()
+    answers = [(group.query, group.instruction, group.positive[0]) for group in groups]
+    answers += [
+        (each.query, each.instruction, each.texts[(each.labels or []).index(1)]) for each in lists
+    ]
+    by_query: dict[str, set[tuple[str | None, str]]] = {}
+    for query, instruction, answer in answers:
+        by_query.setdefault(query, set()).add((instruction, answer))
+    for pairs in by_query.values():
+        assert len(pairs) == len({instruction for instruction, _ in pairs}) == 2
+        assert len({answer for _, answer in pairs}) == 2
+    # A scorer that does not read the instruction cannot tell the two lists of a query apart.
+    texts = [(each.query, tuple(each.texts)) for each in lists]
+    assert all(texts.count(each) == 2 for each in texts)
+
+
+def test_support_lists_are_not_given_away_by_order_or_length() -> None:
+    from finetune.evaluate import read_lists
+    from finetune.metrics import ScoredSet, heuristics, measure
+
+    (lists,) = read_lists([str(SUPPORT / "dev.jsonl")]).values()
+    by_chance = sum(1 / log2(rank + 2) for rank in range(10)) / 10  # 0.454
+    for name, scores in heuristics(lists).items():
+        assert mean(measure(ScoredSet(name, lists, scores))["nDCG@10"]) < by_chance + 0.05
