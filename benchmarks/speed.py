@@ -13,16 +13,13 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import platform
 import shlex
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -32,11 +29,20 @@ from sentence_transformers import CrossEncoder
 from tokenizers import Tokenizer
 
 from qwen3_reranker import Reranker
-from qwen3_reranker.loading import DTYPES, cpu_has_bfloat16
+from qwen3_reranker.loading import DTYPES
 from tests.official import INSTRUCTION, PREFIX, SUFFIX, format_body
 from tests.real_parts import QWEN3_0_6B, qwen3_tokenizer_file, save_random_qwen3
 
+from .workload import (
+    DisagreementError,
+    count_tokens,
+    describe_machine,
+    one_token_words,
+    spread_lengths,
+)
+
 OURS = "qwen3-reranker"
+PACKAGES = ("torch", "transformers", "sentence-transformers")
 OFFICIAL_BATCH = 8
 DEPTHS = (4, 8)
 FULL_DEPTH = 28
@@ -49,10 +55,6 @@ _LEAST_VARIATION = 0.01
 _MEDIAN_TOKENS, _MEAN_TOKENS = 110, 120
 _SHORTEST, _LONGEST = 40, 400
 _QUERY_TOKENS = 15
-
-
-class DisagreementError(Exception):
-    """Contenders score differently, or weights and texts could not show it if they did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,20 +115,17 @@ class OfficialScript:
 def draw_texts(num_documents: int, seed: int) -> tuple[str, list[str], list[int]]:
     """Draw a query and documents of words that are one token each.
 
-    Lengths are quantiles of a log-normal distribution, so that few documents show its shape too.
-
     Returns:
         The query, the documents, and their lengths in tokens as the tokenizer counts them.
     """
     rng = np.random.default_rng(seed)
     tokenizer = Tokenizer.from_file(str(qwen3_tokenizer_file()))
-    # "Ġ" is how byte-level vocabularies write a leading space.
-    after_space = (token[1:] for token in tokenizer.get_vocab() if token[0] == "Ġ")
-    words = sorted(word for word in after_space if word.isascii() and word.isalpha())
+    words = one_token_words(tokenizer)
     sigma = np.sqrt(2 * np.log(_MEAN_TOKENS / _MEDIAN_TOKENS))
-    normal = NormalDist(np.log(_MEDIAN_TOKENS), sigma)
-    quantiles = [normal.inv_cdf((i + 0.5) / num_documents) for i in range(num_documents)]
-    wanted = rng.permutation(np.exp(quantiles).clip(_SHORTEST, _LONGEST).round().astype(int))
+    lengths = spread_lengths(
+        num_documents, median=_MEDIAN_TOKENS, sigma=sigma, shortest=_SHORTEST, longest=_LONGEST
+    )
+    wanted = rng.permutation(lengths)
     query, *documents = (" ".join(rng.choice(words, n)) for n in (_QUERY_TOKENS, *wanted))
     return query, documents, [len(tokenizer.encode(" " + text).ids) for text in documents]
 
@@ -166,21 +165,6 @@ def load_contenders(folder: Path, dtype: str) -> list[Contender]:
         Contender("sentence-transformers", predict, count_tokens(encoder.model)),
         Contender(OURS, reranker.score, lambda: reranker.usage.tokens),
     ]
-
-
-def count_tokens(model: Any) -> Callable[[], int]:
-    """Count ids, padding included, where they enter a transformers model.
-
-    At the embedding, because sentence-transformers calls `forward`, which runs no hooks.
-    """
-    total = 0
-
-    def count(module: Any, args: tuple[torch.Tensor]) -> None:
-        nonlocal total
-        total += args[0].numel()
-
-    model.get_input_embeddings().register_forward_pre_hook(count)
-    return lambda: total
 
 
 def check_agreement(
@@ -255,20 +239,6 @@ def format_table(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
-def describe_machine() -> str:
-    """Return a line for the hardware and one for the versions."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    cpus = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    native = "native" if cpu_has_bfloat16() else "no native"
-    packages = ("torch", "transformers", "sentence-transformers")
-    return (
-        f"{cpus[0] if cpus else platform.processor()}, {len(cpus) or '?'} cores, "
-        f"torch threads: {torch.get_num_threads()}, {native} bfloat16\n"
-        f"Python {platform.python_version()}, {', '.join(f'{p} {version(p)}' for p in packages)}"
-    )
-
-
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
@@ -296,7 +266,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     query, documents, lengths = draw_texts(args.documents, args.seed)
     conditions = (
-        f"$ {shlex.join(['python', '-m', 'benchmarks.speed', *argv])}\n{describe_machine()}\n"
+        f"$ {shlex.join(['python', '-m', 'benchmarks.speed', *argv])}\n"
+        f"{describe_machine(PACKAGES)}\n"
         f"widths {args.widths}, {len(lengths)} documents of {min(lengths)} to {max(lengths)} "
         f"tokens, mean {np.mean(lengths):.0f}"
     )

@@ -1,0 +1,69 @@
+"""What the benchmarks share: texts of known length, counted tokens, a machine described.
+
+Decides how lengths are spread and how a token is counted. Knows nothing of what is timed.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from qwen3_reranker.loading import cpu_has_bfloat16
+
+
+class DisagreementError(Exception):
+    """Contenders compute different things, or the workload could not show it if they did."""
+
+
+def one_token_words(tokenizer: Tokenizer) -> list[str]:
+    """Return the words that are one token each after a space, sorted."""
+    # "Ġ" is how byte-level vocabularies write a leading space.
+    after_space = (token[1:] for token in tokenizer.get_vocab() if token[0] == "Ġ")
+    return sorted(word for word in after_space if word.isascii() and word.isalpha())
+
+
+def spread_lengths(
+    count: int, *, median: float, sigma: float, shortest: int, longest: int
+) -> NDArray[np.int64]:
+    """Return the quantiles of a log-normal distribution, so that few show its shape too."""
+    normal = NormalDist(np.log(median), sigma)
+    quantiles = np.array([normal.inv_cdf((i + 0.5) / count) for i in range(count)])
+    lengths: NDArray[np.int64] = np.exp(quantiles).clip(shortest, longest).round().astype(int)
+    return lengths
+
+
+def count_tokens(model: Any) -> Callable[[], int]:
+    """Count ids, padding included, where they enter a transformers model.
+
+    At the embedding, because sentence-transformers calls `forward`, which runs no hooks.
+    """
+    total = 0
+
+    def count(module: Any, args: tuple[torch.Tensor]) -> None:
+        nonlocal total
+        total += args[0].numel()
+
+    model.get_input_embeddings().register_forward_pre_hook(count)
+    return lambda: total
+
+
+def describe_machine(packages: Sequence[str]) -> str:
+    """Return a line for the hardware and one for the versions."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    cpus = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    native = "native" if cpu_has_bfloat16() else "no native"
+    return (
+        f"{cpus[0] if cpus else platform.processor()}, {len(cpus) or '?'} cores, "
+        f"torch threads: {torch.get_num_threads()}, {native} bfloat16\n"
+        f"Python {platform.python_version()}, {', '.join(f'{p} {version(p)}' for p in packages)}"
+    )
