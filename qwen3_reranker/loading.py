@@ -114,7 +114,15 @@ def load_model(
     backend, backend_reason = choose_backend(torch_device)
     if max_batch_tokens is None:
         max_batch_tokens = default_batch_tokens(torch_device, config, serving_dtype)
-    self_test(network, tokenizer, backend, config.max_position_embeddings)
+    network.prunes = torch_device.type == "cpu"
+    try:
+        self_test(network, tokenizer, backend, config.max_position_embeddings)
+    except Exception as error:
+        if not network.prunes:
+            raise
+        logger.warning("The last layer runs whole: pruned, it failed (%s).", type(error).__name__)
+        network.prunes = False
+        self_test(network, tokenizer, backend, config.max_position_embeddings)
     return LoadedModel(
         network=network,
         tokenizer=tokenizer,
@@ -128,6 +136,7 @@ def load_model(
             "device": str(torch_device),
             "dtype": f"{str(serving_dtype).removeprefix('torch.')} ({dtype_reason})",
             "attention": f"{backend} ({backend_reason})",
+            "last layer": "pruned to each document's last token" if network.prunes else "whole",
             "template": f"{tokenizer.template.id} ({tokenizer.template.hash[:12]})",
             "token budget": f"{max_batch_tokens} per pack",
             "longest prompt": f"{config.max_position_embeddings} tokens",
@@ -255,7 +264,7 @@ def self_test(
         layers=copy.deepcopy(decoder.layers[:2]).float(),
         norm=decoder.norm,
     )
-    probe = YesNoCrossEncoder(shallow, network.head)
+    probe = YesNoCrossEncoder(shallow, network.head, prunes=network.prunes)
     groups = [
         tokenizer.encode_group("Test", query, documents, max_length=min(1024, max_positions))
         for query, documents in (("a b", ["", "one two three", "word " * 600]), ("c", ["x", "y z"]))

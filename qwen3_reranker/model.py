@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from .packing import Pack
+from .pruning import last_layer
 
 
 class YesNoCrossEncoder(torch.nn.Module):
@@ -26,13 +27,16 @@ class YesNoCrossEncoder(torch.nn.Module):
         decoder: A transformers decoder with `embed_tokens`, `rotary_emb`, `layers` and `norm`,
             loaded with the attention of `attention.NAME`.
         head: `W[yes] - W[no]` in float32 on the decoder's device, shape (hidden,).
+        prunes: Whether packs skip what no score needs of the last layer. Not for training: hooks
+            of sharded layers would not run.
     """
 
     decoder: Any  # no type in transformers says what its decoders have in common
 
-    def __init__(self, decoder: Any, head: torch.Tensor) -> None:
+    def __init__(self, decoder: Any, head: torch.Tensor, *, prunes: bool = False) -> None:
         super().__init__()
         self.decoder = decoder
+        self.prunes = prunes
         # A plain attribute, so that casting the module never touches the row's float32.
         self.head = head
 
@@ -86,7 +90,9 @@ class YesNoCrossEncoder(torch.nn.Module):
         positions = torch.from_numpy(position_ids).to(self.device)[None]
         hidden = self.decoder.embed_tokens(torch.from_numpy(token_ids).to(self.device)[None])
         rotary = self.decoder.rotary_emb(hidden, positions)
-        for layer in self.decoder.layers:
+        layers = self.decoder.layers
+        pruned = layers[-1] if self.prunes and pack is not None else None
+        for layer in layers if pruned is None else layers[:-1]:
             hidden = layer(
                 hidden,
                 attention_mask=None,
@@ -95,6 +101,10 @@ class YesNoCrossEncoder(torch.nn.Module):
                 use_cache=False,
                 pack=pack,
             )  # (1, tokens, hidden)
+        if pruned is None or pack is None:
+            last = hidden[0, last_tokens]
+        else:
+            last = last_layer(pruned, hidden, rotary, pack)
         with torch.autocast(self.device.type, enabled=False):
-            last: torch.Tensor = self.decoder.norm(hidden[0, last_tokens].float())
-        return last
+            normed: torch.Tensor = self.decoder.norm(last.float())
+        return normed
