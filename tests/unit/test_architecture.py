@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TORCH_FILES = {"attention.py", "checkpoint.py", "doctor.py", "loading.py", "model.py"}
+TORCH_FILES = {
+    "attention.py",
+    "checkpoint.py",
+    "doctor.py",
+    "loading.py",
+    "model.py",
+    "pruning.py",
+}
 FIRST_PARTY = {"finetune", "langchain_qwen3_reranker", "llama_index", "tests", "benchmarks"}
 
 
