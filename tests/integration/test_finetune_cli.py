@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -203,6 +204,10 @@ def test_evaluate_compares_and_reuses_scores(
     assert main(command) == 0
     assert capsys.readouterr().out.count("reused") == 3
     assert json.loads((tmp_path / "eval" / "report.json").read_text()) == first
+    assert f"--adapter {adapter}" in first["next_step"]
+    os.utime(adapter / "adapter_model.safetensors", (0, 0))  # trained again, for all one knows
+    assert main(command) == 0
+    assert capsys.readouterr().out.count("reused") == 1, "only those of the base"
 
 
 def parse(*argv: str) -> Any:
