@@ -22,15 +22,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
 import bm25s  # type: ignore[import-untyped]
 
 from finetune.cli import parse_training, training_parser
-from finetune.evaluate import read_lists
+from finetune.evaluate import Served, read_lists, saved_scores
 from finetune.metrics import ScoredSet, compare, heuristics, measure
-from qwen3_reranker import Reranker
 from qwen3_reranker.candidates import CandidateList
 
 CONFIG = "recipes/support/train.yaml"
@@ -64,16 +64,6 @@ def write_shuffled(source: str, target: Path, seed: int) -> None:
             count = len(row["positive"])
             row.update(positive=documents[:count], negative=documents[count:])
             copy.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def rank(lists: Sequence[CandidateList], base: str, adapter: str | None, max_length: int) -> Scores:
-    """Return what the core gives each candidate, with the adapter as it is served."""
-    with Reranker(base, adapter=adapter, max_length=max_length) as reranker:
-        scores = []
-        for each in lists:
-            ranking = reranker.rank(each.query, each.texts, instruction=each.instruction)
-            scores.append([r.log_odds for r in sorted(ranking, key=lambda r: r.index)])
-    return scores
 
 
 def rank_bm25(lists: Sequence[CandidateList], *, with_instruction: bool) -> Scores:
@@ -144,21 +134,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     (lists,) = read_lists(ours.eval_file).values()
     (rows,) = ours.train_file
     rivals = {
-        "the base": rank(lists, base.name, None, ours.max_length),
         "BM25 of the query": rank_bm25(lists, with_instruction=False),
         "BM25 of instruction and query": rank_bm25(lists, with_instruction=True),
         **heuristics(lists),
     }
     baselines = {name: by_topic(lists, scores) for name, scores in rivals.items()}
+    untuned = Served(base.name, max_length=ours.max_length)
     with tempfile.TemporaryDirectory() as temporary:
-        shuffled = Path(temporary, "shuffled.jsonl")
+        output = Path(temporary)
+        of_base = saved_scores(untuned, {"dev": lists}, output)["dev"]
+        baselines = {"the base": by_topic(lists, of_base), **baselines}
+        shuffled = output / "shuffled.jsonl"
         write_shuffled(rows, shuffled, CONTROL_SEED)
         runs = [(f"seed {seed}", rows, seed) for seed in args.seeds]
         runs.append(("control, labels shuffled", str(shuffled), CONTROL_SEED))
         for name, train_file, seed in runs:
-            folder = Path(temporary, name.replace(" ", "-"))
+            folder = output / name.replace(" ", "-")
             seconds = train(train_file, seed, folder)
-            scores = rank(lists, base.name, str(folder), ours.max_length)
+            tuned = replace(untuned, adapter=str(folder))
+            scores = saved_scores(tuned, {"dev": lists}, output)["dev"]
             other = by_topic(lists, under_other_instruction(lists, scores))
             print_comparison(
                 f"{name}, trained in {seconds:.0f} s",

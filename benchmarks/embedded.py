@@ -4,7 +4,7 @@
 
 Decides which sets are looked at and what counts as following an instruction. DATA_FOLDER holds the
 public sets that the recipe was trained from, as `NAME.dev.jsonl.xz` and `NAME.mini.jsonl.xz`.
-Checkpoints were chosen on dev sets alone. Scores are kept in --output_dir, so that an interrupted
+Checkpoints are chosen on dev sets alone. Scores are kept in --output_dir, so that an interrupted
 run goes on. Equal scores count as the worst order, so shuffling the candidates changes nothing.
 """
 
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.embedded", description=__doc__)
     parser.add_argument("data_folder")
     parser.add_argument("--model", default="embedded")
-    parser.add_argument("--adapter", help="another adapter than the one that is shipped")
+    parser.add_argument("--adapter", help="LoRA weights")
     parser.add_argument("--bi_encoder", help="sentence-transformers model to compare with")
     parser.add_argument("--max_length", type=int, default=512, help="tokens per pair")
     parser.add_argument("--output_dir", default="embedded-figures")

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import shlex
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +34,12 @@ from tests.real_parts import QWEN3_0_6B, qwen3_tokenizer_file, save_random_qwen3
 
 from .workload import (
     DisagreementError,
+    add_run_options,
     count_tokens,
     describe_machine,
     one_token_words,
     spread_lengths,
+    write_measurements,
 )
 
 OURS = "qwen3-reranker"
@@ -243,14 +244,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
     parser.add_argument("--documents", type=int, default=24)
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtypes", nargs="+", choices=TOLERANCES, default=list(TOLERANCES))
     parser.add_argument("--widths", choices=WIDTHS, default="0.6b")
-    # Waiting threads spin, and process time counts that as work: one thread measures work alone.
-    parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workdir", type=Path, help="where checkpoints lie for the time being")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every measurement here")
+    add_run_options(parser)
     args = parser.parse_args(argv)
     if min(args.documents, args.rounds, args.threads) < 1:
         parser.error("--documents, --rounds and --threads must be at least 1")
@@ -282,9 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return 1
             gc.collect()  # models go before the next ones come
     print(f"\n{format_table(results)}")
-    if args.json is not None:
-        raw = {"conditions": conditions.splitlines(), "results": [asdict(r) for r in results]}
-        args.json.write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
+    write_measurements(args.json, conditions.splitlines(), results)
     return 0
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import json
 import shlex
 import sys
 import tempfile
@@ -25,7 +24,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -45,7 +44,14 @@ from tests.official import CHATML_SUFFIX, SUFFIX
 from tests.real_parts import QWEN3_0_6B, save_random_qwen3
 
 from .trainers import NEGATIVES, PAIRS, Contender, Setting, list_loaders, load_trl, pairs
-from .workload import DisagreementError, describe_machine, one_token_words, spread_lengths
+from .workload import (
+    DisagreementError,
+    add_run_options,
+    describe_machine,
+    one_token_words,
+    spread_lengths,
+    write_measurements,
+)
 
 PACKAGES = ("torch", "transformers", "peft", "trl")
 WIDTHS = ("smollm2", "0.6b", "tiny")
@@ -218,15 +224,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--widths", choices=WIDTHS, default="smollm2")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--groups", type=int, default=4, help="1+7 documents each, per step")
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--reference-rounds", type=int, default=1, help="of TRL, 0 leaves it out")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=TOLERANCES, default="float32")
-    # Waiting threads spin, and process time counts that as work: one thread measures work alone.
-    parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workdir", type=Path, help="where the checkpoint lies for the time being")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every measurement here")
+    add_run_options(parser)
     args = parser.parse_args(argv)
     if min(args.layers, args.groups, args.rounds, args.threads) < 1:
         parser.error("--layers, --groups, --rounds and --threads must be at least 1")
@@ -278,12 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             del reference.seconds[0]  # the warm-up
             results.append(reference)
     print(f"\n{format_table(results)}")
-    if args.json is not None:
-        raw = {
-            "conditions": [*conditions.splitlines(), agreement],
-            "results": [asdict(result) for result in results],
-        }
-        args.json.write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
+    write_measurements(args.json, [*conditions.splitlines(), agreement], results)
     return 0
 
 

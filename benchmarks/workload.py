@@ -5,8 +5,11 @@ Decides how lengths are spread and how a token is counted. Knows nothing of what
 
 from __future__ import annotations
 
+import argparse
+import json
 import platform
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from statistics import NormalDist
@@ -67,3 +70,22 @@ def describe_machine(packages: Sequence[str]) -> str:
         f"torch threads: {torch.get_num_threads()}, {native} bfloat16\n"
         f"Python {platform.python_version()}, {', '.join(f'{p} {version(p)}' for p in packages)}"
     )
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of every timed benchmark."""
+    parser.add_argument("--rounds", type=int, default=5)
+    # Waiting threads spin, and process time counts that as work: one thread measures work alone.
+    parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workdir", type=Path, help="where checkpoints lie for the time being")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every measurement here")
+
+
+def write_measurements(
+    file: Path | None, conditions: Sequence[str], results: Sequence[Any]
+) -> None:
+    """Write dataclasses and what they were measured under, if a file is wanted."""
+    if file is not None:
+        raw = {"conditions": list(conditions), "results": [asdict(result) for result in results]}
+        file.write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")

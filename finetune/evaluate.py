@@ -178,8 +178,13 @@ def main(argv: Sequence[str]) -> int:
     guards = list(lists)[len(arguments.eval_file) :]
     output = Path(arguments.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    names = ("model", "adapter", "dtype", "device", "max_length")
-    tuned = Served(**{name: getattr(arguments, name) for name in names})
+    tuned = Served(
+        arguments.model,
+        arguments.adapter,
+        arguments.dtype,
+        arguments.device,
+        arguments.max_length,
+    )
     after = saved_scores(tuned, lists, output)
     if tuned.adapter is not None:
         before, base = saved_scores(replace(tuned, adapter=None), lists, output), tuned.model

@@ -8,14 +8,11 @@ that training saw.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import transformers
 
 from qwen3_reranker import Reranker, inputs, loading
@@ -27,7 +24,8 @@ from .adapter import save_adapter
 from .config import RerankerArguments
 from .data import TrainingFile, TrainingGroup, check_leaks, describe, read_training_file
 from .evaluate import Evaluation, compare_sets, next_step, read_lists
-from .groups import Example, GroupDataset, Sampling, training_packs
+from .groups import GroupDataset, Sampling
+from .preflight import answer_mass, mass_warnings, preflight, quantization_warnings
 from .report import Report, summary_lines, write_report
 from .trainee import Base, Trainee, load_trainee
 from .trainer import GroupTrainer
@@ -35,9 +33,6 @@ from .trainer import GroupTrainer
 _PARITY = {"float32": 1e-4}
 """Largest difference of log-odds between training and the reloaded adapter; else `_HALF_PARITY`."""
 _HALF_PARITY = 0.5
-_PREVIEWED = 256
-_EXPECTED_MASS = 0.5
-"""A model that knows the prompt answers it: below this, it probably does not."""
 
 Say = Callable[[str], None]
 
@@ -91,7 +86,7 @@ def train(
     )
     dataset = GroupDataset(data.rows, trainee.tokenizer, sampling(arguments, training, max_length))
     mass = answer_mass(trainee, dataset[0], training.device)
-    warnings = [*_mass_warnings(mass), *_quantization_warnings(base)]
+    warnings = [*mass_warnings(mass), *quantization_warnings(base)]
     for line in preflight(trainee, dataset, training, arguments, budget, mass):
         say(line)
     for warning in warnings:
@@ -190,72 +185,6 @@ def sampling(
         with_scores=arguments.loss == "distill",
         seed=training.data_seed if training.data_seed is not None else training.seed,
     )
-
-
-def preflight(
-    trainee: Trainee,
-    dataset: GroupDataset,
-    training: transformers.TrainingArguments,
-    arguments: RerankerArguments,
-    budget: int,
-    mass: float | None,
-) -> Iterator[str]:
-    """Yield what a user should see before time is spent."""
-    trained = sum(p.numel() for p in trainee.network.parameters() if p.requires_grad)
-    everything = sum(p.numel() for p in trainee.network.parameters())
-    yield f"Trained parameters: {trained:,} of {everything:,} ({trained / everything:.2%})"
-    examples = [dataset[i] for i in range(min(_PREVIEWED, len(dataset)))]
-    sizes = np.array([example.num_tokens for example in examples])
-    documents = sum(len(example.targets) for example in examples)
-    cut = sum(map(sum, (example.encoded.truncated for example in examples)))
-    low, middle, high = np.percentile(sizes, [5, 50, 95]).astype(int)
-    yield f"Tokens per group (5 %, median, 95 %): {low}, {middle}, {high}; first {len(examples)}"
-    yield f"Documents cut to --max_length: {cut / documents:.1%} of {documents}"
-    per_step = (
-        training.per_device_train_batch_size
-        * training.gradient_accumulation_steps
-        * training.world_size
-    )
-    steps = training.max_steps
-    if steps <= 0:
-        steps = math.ceil(len(dataset) / per_step * training.num_train_epochs)
-    yield f"Optimizer steps: {steps}, {per_step} groups each; up to {budget} tokens per forward"
-    yield f"Loss: {arguments.loss}; head and documents packed, {trainee.backend} attention"
-    yield "First prompt, as the model reads it:"
-    first = examples[0].encoded
-    ids = np.concatenate([first.head, first.documents[0]])
-    yield "  | " + trainee.decode(ids).replace("\n", "\n  | ")
-    if mass is not None:
-        yield f"p(yes) + p(no) over the whole vocabulary: {mass:.3f}"
-
-
-@torch.no_grad()
-def answer_mass(trainee: Trainee, example: Example, device: torch.device) -> float | None:
-    """Return the base model's p(yes) + p(no) over the vocabulary after a prompt of the run."""
-    trainee.network.eval()
-    size = example.num_tokens
-    (packed,) = training_packs(
-        [example], max_batch_tokens=size, backend=trainee.backend, device=device
-    )
-    return trainee.answer_mass(packed.pack)
-
-
-def _mass_warnings(mass: float | None) -> list[str]:
-    if mass is None or mass >= _EXPECTED_MASS:
-        return []
-    return [
-        f"The base model gives yes and no together a probability of {mass:.3f} after this prompt. "
-        "Is it a reranker, or is the template another? Training has to teach it to answer first."
-    ]
-
-
-def _quantization_warnings(base: Base) -> list[str]:
-    if base.quantization is None:
-        return []
-    return [
-        "The figures are those of the quantised base, but the adapter is served on full weights. "
-        "Measure it there with qwen3-finetune evaluate."
-    ]
 
 
 def _optimise(

@@ -1,0 +1,89 @@
+"""What a user should see before time is spent, and what they should be warned of.
+
+Decides what is shown of a run and which bases look wrong for it. Changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import transformers
+
+from .config import RerankerArguments
+from .groups import Example, GroupDataset, training_packs
+from .trainee import Base, Trainee
+
+_PREVIEWED = 256
+_EXPECTED_MASS = 0.5
+"""A model that knows the prompt answers it: below this, it probably does not."""
+
+
+def preflight(
+    trainee: Trainee,
+    dataset: GroupDataset,
+    training: transformers.TrainingArguments,
+    arguments: RerankerArguments,
+    budget: int,
+    mass: float | None,
+) -> Iterator[str]:
+    """Yield what a user should see before time is spent."""
+    trained = sum(p.numel() for p in trainee.network.parameters() if p.requires_grad)
+    everything = sum(p.numel() for p in trainee.network.parameters())
+    yield f"Trained parameters: {trained:,} of {everything:,} ({trained / everything:.2%})"
+    examples = [dataset[i] for i in range(min(_PREVIEWED, len(dataset)))]
+    sizes = np.array([example.num_tokens for example in examples])
+    documents = sum(len(example.targets) for example in examples)
+    cut = sum(map(sum, (example.encoded.truncated for example in examples)))
+    low, middle, high = np.percentile(sizes, [5, 50, 95]).astype(int)
+    yield f"Tokens per group (5 %, median, 95 %): {low}, {middle}, {high}; first {len(examples)}"
+    yield f"Documents cut to --max_length: {cut / documents:.1%} of {documents}"
+    per_step = (
+        training.per_device_train_batch_size
+        * training.gradient_accumulation_steps
+        * training.world_size
+    )
+    steps = training.max_steps
+    if steps <= 0:
+        steps = math.ceil(len(dataset) / per_step * training.num_train_epochs)
+    yield f"Optimizer steps: {steps}, {per_step} groups each; up to {budget} tokens per forward"
+    yield f"Loss: {arguments.loss}; head and documents packed, {trainee.backend} attention"
+    yield "First prompt, as the model reads it:"
+    first = examples[0].encoded
+    ids = np.concatenate([first.head, first.documents[0]])
+    yield "  | " + trainee.decode(ids).replace("\n", "\n  | ")
+    if mass is not None:
+        yield f"p(yes) + p(no) over the whole vocabulary: {mass:.3f}"
+
+
+@torch.no_grad()
+def answer_mass(trainee: Trainee, example: Example, device: torch.device) -> float | None:
+    """Return the base model's p(yes) + p(no) over the vocabulary after a prompt of the run."""
+    trainee.network.eval()
+    size = example.num_tokens
+    (packed,) = training_packs(
+        [example], max_batch_tokens=size, backend=trainee.backend, device=device
+    )
+    return trainee.answer_mass(packed.pack)
+
+
+def mass_warnings(mass: float | None) -> list[str]:
+    """Return what a base that does not answer the prompt calls for."""
+    if mass is None or mass >= _EXPECTED_MASS:
+        return []
+    return [
+        f"The base model gives yes and no together a probability of {mass:.3f} after this prompt. "
+        "Is it a reranker, or is the template another? Training has to teach it to answer first."
+    ]
+
+
+def quantization_warnings(base: Base) -> list[str]:
+    """Return what the figures of a quantised base call for."""
+    if base.quantization is None:
+        return []
+    return [
+        "The figures are those of the quantised base, but the adapter is served on full weights. "
+        "Measure it there with qwen3-finetune evaluate."
+    ]
