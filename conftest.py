@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from qwen3_reranker.embedded import embedded_folder
+from qwen3_reranker.embedded import EMBEDDED_BASE, embedded_folder
 from tests import real_parts
 
 
@@ -31,7 +31,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """Return the folder of a real pretrained checkpoint, SmolLM2-135M-Instruct."""
-    return embedded_folder()
+    return embedded_folder(EMBEDDED_BASE)
 
 
 @pytest.fixture(autouse=True)

@@ -38,7 +38,7 @@ import transformers
 from tokenizers import Tokenizer
 
 from finetune.data import TrainingGroup
-from qwen3_reranker.embedded import embedded_folder
+from qwen3_reranker.embedded import EMBEDDED_BASE, embedded_folder
 from qwen3_reranker.loading import DTYPES
 from tests.official import CHATML_SUFFIX, SUFFIX
 from tests.real_parts import QWEN3_0_6B, save_random_qwen3
@@ -102,7 +102,7 @@ def save_checkpoint(folder: Path, *, widths: str, layers: int, dtype: str, seed:
         shape: dict[str, Any] = QWEN3_0_6B if widths == "0.6b" else {}
         save_random_qwen3(folder, dtype=dtype, seed=seed, num_hidden_layers=layers, **shape)
         return SUFFIX
-    source = embedded_folder()
+    source = embedded_folder(EMBEDDED_BASE)
     auto: Any = transformers.AutoModelForCausalLM
     model = auto.from_pretrained(source, num_hidden_layers=layers, dtype=DTYPES[dtype])
     model.save_pretrained(folder)

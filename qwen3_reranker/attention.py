@@ -64,33 +64,30 @@ def _attend_documents(
 ) -> torch.Tensor:
     """One kernel call per document over [head; document], without padding."""
     head = span.head
+    row = slice(head.start, span.documents[-1].stop)
     if len(span.documents) == 1:
-        row = slice(head.start, span.documents[0].stop)
         return _causal(query[:, :, row], key[:, :, row], value[:, :, row], scaling)
-    outputs = [_causal(query[:, :, head], key[:, :, head], value[:, :, head], scaling)]
     num_head = head.stop - head.start
     lengths = [document.stop - document.start for document in span.documents]
+    # Split once: in training a slice per document would each fill a gradient of the whole row.
+    (q_head, *q_own), (k_head, *k_own), (v_head, *v_own) = (
+        tensor[:, :, row].split([num_head, *lengths], dim=2) for tensor in (query, key, value)
+    )
+    outputs = [_causal(q_head, k_head, v_head, scaling)]
     longest = max((n for n in lengths if not _skips_mask(num_head, n)), default=0)
     # Row i of a document sees the head and its own tokens 0..i; a shorter one uses a corner.
     mask = query.new_ones(longest, num_head + longest, dtype=torch.bool).tril(num_head)
-    for document, length in zip(span.documents, lengths, strict=True):
-        keys = torch.cat([key[:, :, head], key[:, :, document]], dim=2)
-        values = torch.cat([value[:, :, head], value[:, :, document]], dim=2)
-        if not _skips_mask(num_head, length):
+    for length, own, own_keys, own_values in zip(lengths, q_own, k_own, v_own, strict=True):
+        keys = torch.cat([k_head, own_keys], dim=2)
+        values = torch.cat([v_head, own_values], dim=2)
+        if _skips_mask(num_head, length):
+            queries = torch.cat([q_head, own], dim=2)
+            outputs.append(_causal(queries, keys, values, scaling)[:, :, num_head:])
+        else:
             corner = mask[:length, : num_head + length]
             outputs.append(
-                sdpa(
-                    query[:, :, document],
-                    keys,
-                    values,
-                    attn_mask=corner,
-                    scale=scaling,
-                    enable_gqa=True,
-                )
+                sdpa(own, keys, values, attn_mask=corner, scale=scaling, enable_gqa=True)
             )
-        else:
-            queries = torch.cat([query[:, :, head], query[:, :, document]], dim=2)
-            outputs.append(_causal(queries, keys, values, scaling)[:, :, num_head:])
     return torch.cat(outputs, dim=2)
 
 

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import safe_open
 
 from .attention import NAME as PACKED_ATTENTION
-from .embedded import EMBEDDED, embedded_folder
+from .embedded import EMBEDDED, EMBEDDED_BASE, embedded_folder
 from .errors import ModelLoadError
 
 _ADAPTER_FILE = "adapter_model.safetensors"
@@ -34,8 +34,8 @@ def locate(model: str, revision: str | None) -> tuple[Path, str | None]:
     Raises:
         ModelLoadError: If it is neither on disk nor to be had from the Hub.
     """
-    if model == EMBEDDED:
-        return embedded_folder(), None
+    if model in (EMBEDDED, EMBEDDED_BASE):
+        return embedded_folder(model), None
     path = Path(model).expanduser()
     if path.is_dir():
         return path, None
@@ -216,7 +216,8 @@ def merge_adapter(full: Any, folder: Path) -> Any:
     _refuse_adapter(full, folder)
     try:
         tuned = PeftModel.from_pretrained(full, folder)
-        wanted = set(get_peft_model_state_dict(tuned))
+        # By itself peft asks the Hub whether the vocabulary has grown; embeddings never train.
+        wanted = set(get_peft_model_state_dict(tuned, save_embedding_layers=False))
         with safe_open(str(folder / _ADAPTER_FILE), "pt") as file:
             stored = set(file.keys())
         if wanted != stored:

@@ -132,13 +132,6 @@ def lines(model: str = EMBEDDED, **settings: Any) -> Iterator[str]:
     reranker = Reranker.shared(model, **settings)
     choices = reranker.loaded.choices
     yield f"Loaded in {perf_counter() - started:.1f} s: {choices['dtype']}, {choices['device']}."
-    if model == EMBEDDED:
-        yield ""
-        yield from _paragraph(
-            "NOTE: this model is SmolLM2-135M-Instruct, a small chat model that is not yet "
-            "trained to rerank. What you see below runs as it would with a Qwen3-Reranker, but its "
-            "order and scores mean nothing."
-        )
     yield from _show_core(reranker, passages, queries)
     yield from _show_langchain(passages, queries[0], model, settings)
     yield from _show_llama_index(passages, queries[1], model, settings)

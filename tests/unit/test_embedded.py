@@ -1,13 +1,24 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from safetensors import safe_open
 
 from qwen3_reranker import ModelLoadError, Reranker, embedded
-from qwen3_reranker.embedded import EMBEDDED, INSTALL, cache_folder, embedded_folder, find_gguf
+from qwen3_reranker.embedded import (
+    ADAPTER,
+    EMBEDDED,
+    EMBEDDED_BASE,
+    INSTALL,
+    cache_folder,
+    embedded_folder,
+    find_gguf,
+)
 
 
 @pytest.fixture
@@ -82,7 +93,35 @@ def test_converted_copy_needs_no_package(monkeypatch: pytest.MonkeyPatch, cache:
     folder = cache / "smollm2-135m-instruct-b179c9523d0e"
     folder.mkdir(parents=True)
     monkeypatch.setattr(embedded, "find_gguf", lambda: pytest.fail("looked for the package"))
-    assert embedded_folder() == folder
+    assert embedded_folder(EMBEDDED_BASE) == folder
+
+
+def test_another_adapter_is_another_copy(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, convert: Any, cache: Path
+) -> None:
+    first = convert(FakeModel())
+    assert first.name.startswith("smollm2-135m-reranker-")
+    assert (first / "model.safetensors").read_text() == f"weights + {ADAPTER.name}"
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"trained again")
+    monkeypatch.setattr(embedded, "ADAPTER", tmp_path)
+    second = convert(FakeModel())
+    base = convert(FakeModel(), EMBEDDED_BASE)
+    assert len({first, second, base}) == 3
+    assert (base / "model.safetensors").read_text() == "weights"
+
+
+def test_adapter_is_small_and_says_what_made_it() -> None:
+    weights = ADAPTER / "adapter_model.safetensors"
+    assert weights.stat().st_size < 12_000_000
+    run = json.loads((ADAPTER / "run.json").read_text())
+    recipe = yaml.safe_load(Path("recipes/embedded/train.yaml").read_text())
+    assert run["base"]["name"] == recipe["model_name_or_path"] == EMBEDDED_BASE
+    for name in ("loss", "num_negatives", "max_length"):
+        assert run["arguments"][name] == recipe[name]
+    for name in ("max_steps", "per_device_train_batch_size"):
+        assert run["training"][name] == recipe[name]
+    with safe_open(weights, "np") as file:
+        assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"BF16"}  # noqa: SIM118
 
 
 class FakeModel:
@@ -90,9 +129,10 @@ class FakeModel:
 
     def __init__(self, error: Exception | None = None, faster: Path | None = None) -> None:
         self.error, self.faster = error, faster
+        self.weights = "weights"
 
     def save_pretrained(self, folder: str) -> None:
-        Path(folder, "model.safetensors").write_text("weights")
+        Path(folder, "model.safetensors").write_text(self.weights)
         if self.error is not None:
             raise self.error
         if self.faster is not None:  # another process puts its copy in place meanwhile
@@ -105,26 +145,32 @@ def convert(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Any:
     """Return a function that converts with a fake model."""
     from qwen3_reranker import checkpoint
 
-    def run(full: FakeModel) -> Path:
+    def merge(full: FakeModel, adapter: Path) -> FakeModel:
+        full.weights += f" + {adapter.name}"
+        return full
+
+    def run(full: FakeModel, model: str = EMBEDDED) -> Path:
         monkeypatch.setattr(checkpoint, "read_config", lambda *_: None)
         monkeypatch.setattr(checkpoint, "read_tokenizer", lambda *_: "{}")
         monkeypatch.setattr(checkpoint, "read_weights", lambda *_, **__: full)
-        return embedded_folder()
+        monkeypatch.setattr(checkpoint, "merge_adapter", merge)
+        return embedded_folder(model)
 
     return run
 
 
 def test_conversion_is_complete_or_absent(convert: Any, cache: Path) -> None:
     with pytest.raises(ModelLoadError, match="set XDG_CACHE_HOME"):
-        convert(FakeModel(error=OSError(28, "No space left on device")))
+        convert(FakeModel(error=OSError(28, "No space left on device")), EMBEDDED_BASE)
     assert list(cache.iterdir()) == []
-    folder = convert(FakeModel())
+    folder = convert(FakeModel(), EMBEDDED_BASE)
     assert {file.name for file in folder.iterdir()} == {"model.safetensors", "tokenizer.json"}
     assert list(cache.iterdir()) == [folder]
 
 
 def test_copy_of_a_faster_process_is_used(convert: Any, cache: Path) -> None:
-    folder = convert(FakeModel(faster=cache / "smollm2-135m-instruct-b179c9523d0e"))
+    faster = cache / "smollm2-135m-instruct-b179c9523d0e"
+    folder = convert(FakeModel(faster=faster), EMBEDDED_BASE)
     assert (folder / "model.safetensors").read_text() == "theirs"
     assert list(cache.iterdir()) == [folder]
 
