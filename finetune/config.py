@@ -42,6 +42,9 @@ class RerankerArguments:
     instruction_dropout: float = _setting(
         0.0, "Share of groups that get the template's own instruction instead of theirs."
     )
+    adapter: str | None = _setting(
+        None, "Adapter of an earlier run to go on from; its LoRA settings must be this run's."
+    )
     template: str | None = _setting(None, "Prompt template; default: what the tokenizer expresses.")
     loss: Literal["pointwise", "listwise", "hybrid", "distill"] = _setting(
         "pointwise",

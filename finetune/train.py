@@ -15,7 +15,7 @@ from typing import Any
 
 import transformers
 
-from qwen3_reranker import Reranker, inputs, loading
+from qwen3_reranker import Reranker, checkpoint, inputs, loading
 from qwen3_reranker.candidates import CandidateList
 from qwen3_reranker.errors import DataError, Qwen3RerankerError
 
@@ -80,6 +80,8 @@ def train(
     data = read_data(arguments, say)
     transformers.set_seed(training.seed)
     trainee = load_trainee(base, device=training.device, template=_template(arguments))
+    if arguments.adapter is not None:
+        trainee.go_on_from(checkpoint.locate(arguments.adapter, None)[0])
     max_length = min(arguments.max_length, trainee.max_positions)
     budget = arguments.max_batch_tokens or loading.default_batch_tokens(
         training.device, trainee.full.config, next(trainee.network.parameters()).dtype

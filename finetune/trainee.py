@@ -95,6 +95,37 @@ class Trainee:
         else:
             self.full.load_state_dict(load_file(Path(folder, "model.safetensors")), strict=False)
 
+    def go_on_from(self, folder: Path) -> None:
+        """Take the LoRA weights of an earlier run instead of fresh ones.
+
+        Raises:
+            ModelLoadError: If they are no LoRA weights of this base and these settings.
+        """
+        problem = self._difference(folder)
+        if problem is None:
+            try:
+                self.load(folder)
+            except (OSError, RuntimeError) as error:  # no file, or tensors of other shapes
+                problem = f"its weights do not fit ({type(error).__name__})"
+        if problem is not None:
+            raise ModelLoadError(
+                f"training cannot go on from adapter '{folder}': {problem}. Give this run the LoRA "
+                "settings of the adapter, or leave --adapter out."
+            )
+
+    def _difference(self, folder: Path) -> str | None:
+        """Return how an adapter's settings differ from this run's, None if they do not."""
+        if not isinstance(self.full, PeftModel):
+            return "this run trains every weight and has no adapter"
+        theirs = checkpoint.read_json(folder / "adapter_config.json")
+        ours = self.full.peft_config["default"]
+        for name in ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora"):
+            if theirs.get(name) != getattr(ours, name):
+                return f"its {name} is {theirs.get(name)}, this run's {getattr(ours, name)}"
+        if set(theirs.get("target_modules") or ()) != set(ours.target_modules):
+            return "it adapts other modules"
+        return None
+
     def answer_mass(self, pack: Pack) -> float | None:
         """Return the mean of p(yes) + p(no) over the vocabulary, or None without a vocabulary head.
 

@@ -79,13 +79,14 @@ def main(folder: Path, target: Path) -> None:
         rng.shuffle(rows)
     opening = [*medical[:100], *split[:100]]
     mixture = [*general[:420], *medical[100:350], *split[100:350], *searched * 2, *described[:580]]
-    rng.shuffle(opening)
-    rng.shuffle(mixture)
-    with target.open("w", encoding="utf-8") as file:
-        file.writelines(
-            json.dumps(row, ensure_ascii=False) + "\n" for row in [*opening, *mixture]
-        )
-    print(f"{len(opening)} + {len(mixture)} rows: {target}")
+    second = [*general[420:1020], *medical[350:450], *split[350:450], *searched, *described[580:1280]]
+    for rows in (opening, mixture, second):
+        rng.shuffle(rows)
+    target.mkdir(exist_ok=True)
+    for name, rows in (("first", [*opening, *mixture]), ("second", second)):
+        with (target / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        print(f"{len(rows)} rows: {target / name}.jsonl")
 
 
 main(Path(sys.argv[1]), Path(sys.argv[2]))
