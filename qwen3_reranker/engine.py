@@ -34,7 +34,7 @@ class Scores:
 
     Attributes:
         log_odds: One float32 array per group, aligned with its documents.
-        tokens: Tokens the model computed.
+        tokens: Tokens of the packs the model computed; beginnings kept for many are not counted.
     """
 
     log_odds: list[NDArray[np.float32]]
@@ -69,6 +69,7 @@ class Engine:
         backend: Attention backend of the packs.
         max_batch_tokens: Linear tokens per pack.
         max_attention_tokens: Attention tokens per pack, or None.
+        max_cached_tokens: Longest beginning of a head that is computed apart from its packs.
         max_waiting: Requests that may wait; one more is refused.
     """
 
@@ -79,12 +80,14 @@ class Engine:
         backend: str,
         max_batch_tokens: int,
         max_attention_tokens: int | None = None,
+        max_cached_tokens: int = 0,
         max_waiting: int = 1024,
     ) -> None:
         self._score = score
         self._backend = backend
         self._max_batch_tokens = max_batch_tokens
         self._max_attention_tokens = max_attention_tokens
+        self._max_cached_tokens = max_cached_tokens
         # Its put is reentrant, so that `stop` may run in a finaliser, in whatever thread and
         # wherever the garbage collector happens to call it.
         self._waiting: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
@@ -177,6 +180,7 @@ class Engine:
             merged,
             max_batch_tokens=self._max_batch_tokens,
             max_attention_tokens=self._max_attention_tokens,
+            max_cached_tokens=self._max_cached_tokens,
         ):
             if self._is_closed:
                 raise ClosedError("the reranker was closed while this call was scored.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,6 +42,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 _CPU_BATCH_TOKENS = 2048
 
+_HEAD_CACHE_BYTES = 256 * 2**20
+"""Instructions take 60 tokens each, 14 MB for the 0.6B in float32."""
+
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
@@ -53,6 +56,7 @@ class LoadedModel:
         max_positions: Longest prompt the checkpoint knows, in tokens.
         max_batch_tokens: Linear tokens per pack.
         max_attention_tokens: Attention tokens per pack, None where nothing is gathered.
+        max_cached_tokens: Tokens of heads' beginnings that are kept.
         backend: Attention backend.
         choices: Setting -> its value and the reason, for `doctor`.
     """
@@ -62,6 +66,7 @@ class LoadedModel:
     max_positions: int
     max_batch_tokens: int
     max_attention_tokens: int | None
+    max_cached_tokens: int
     backend: str
     choices: dict[str, str]
 
@@ -110,6 +115,7 @@ def load_model(
     network = YesNoCrossEncoder(
         cast_weights(decoder, torch_device, serving_dtype).eval().requires_grad_(False),
         head.to(torch_device),
+        max_cached_tokens=(max_cached_tokens := cached_tokens(config, serving_dtype)),
     )
     backend, backend_reason = choose_backend(torch_device)
     if max_batch_tokens is None:
@@ -129,6 +135,7 @@ def load_model(
         max_positions=config.max_position_embeddings,
         max_batch_tokens=max_batch_tokens,
         max_attention_tokens=attention_budget(backend, max_batch_tokens),
+        max_cached_tokens=max_cached_tokens,
         backend=backend,
         choices={
             "architecture": f"{config.architectures[0]} ({config.num_hidden_layers} layers, "
@@ -139,6 +146,7 @@ def load_model(
             "last layer": "pruned to each document's last token" if network.prunes else "whole",
             "template": f"{tokenizer.template.id} ({tokenizer.template.hash[:12]})",
             "token budget": f"{max_batch_tokens} per pack",
+            "head cache": f"{max_cached_tokens} tokens",
             "longest prompt": f"{config.max_position_embeddings} tokens",
         },
     )
@@ -147,6 +155,13 @@ def load_model(
 def attention_budget(backend: str, max_batch_tokens: int) -> int | None:
     """Return the attention tokens a pack may have, None for a backend that gathers nothing."""
     return None if backend == "documents" else 4 * max_batch_tokens
+
+
+def cached_tokens(config: Any, dtype: torch.dtype) -> int:
+    """Return how many tokens of heads' beginnings may be kept."""
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * size * dtype.itemsize
+    return _HEAD_CACHE_BYTES // int(per_token)
 
 
 def default_batch_tokens(device: torch.device, config: Any, dtype: torch.dtype) -> int:
@@ -271,7 +286,15 @@ def self_test(
     ]
     merged, _ = merge_duplicates(groups)
     (seats,) = plan_packs(merged, max_batch_tokens=10_000)
-    packed = probe(build_pack(merged, seats, backend=backend))
+    layouts = [
+        [replace(seat, num_cached=num_cached(merged[seat.group])) for seat in seats]
+        for num_cached in (
+            lambda group: 0, lambda group: group.num_shared, lambda group: len(group.head)
+        )
+    ]  # fmt: skip
+    packed = torch.stack(
+        [probe(build_pack(merged, layout, backend=backend)) for layout in layouts]
+    )  # (layouts, documents)
     alone = torch.cat(
         [
             probe.forward_alone(

@@ -8,17 +8,23 @@ it. Knows nothing of ids or scores.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers.models.llama import modeling_llama
 
+from .head_cache import KeyValues
 from .packing import Pack
 
 
 def last_layer(
-    layer: Any, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], pack: Pack
+    layer: Any,
+    hidden: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    pack: Pack,
+    outside: Sequence[KeyValues | None],
 ) -> torch.Tensor:
     """Return the layer's output at each document's last token.
 
@@ -27,6 +33,7 @@ def last_layer(
         hidden: Output of the layer before, shape (1, tokens, hidden).
         rotary: Cosines and sines of all tokens, shape (1, tokens, head size) each.
         pack: Layout of the row.
+        outside: For each span, what its head's beginning left in each layer.
 
     Returns:
         Shape (documents, hidden).
@@ -38,11 +45,17 @@ def last_layer(
     value = _heads(attention, "v", normed)
     query = _rotate(query, *(table[:, last] for table in rotary))
     attended: list[torch.Tensor] = []  # (1, heads, 1, head size) of each document
-    for span in pack.spans:
+    for span, layers in zip(pack.spans, outside, strict=True):
+        heads = [[tensor[:, :, span.head]] for tensor in (key, value)]
+        if layers is not None:
+            heads = [
+                [beginning, *own]
+                for beginning, own in zip(layers[attention.layer_idx], heads, strict=True)
+            ]
         for document in span.documents:  # it sees its head and all of itself
             keys, values = (
-                torch.cat([tensor[:, :, span.head], tensor[:, :, document]], dim=2)
-                for tensor in (key, value)
+                torch.cat([*head, tensor[:, :, document]], dim=2)
+                for head, tensor in zip(heads, (key, value), strict=True)
             )
             one = query[:, :, len(attended) : len(attended) + 1]
             attended.append(sdpa(one, keys, values, scale=attention.scaling, enable_gqa=True))

@@ -54,6 +54,7 @@ class Runtime:
                     backend=loaded.backend,
                     max_batch_tokens=loaded.max_batch_tokens,
                     max_attention_tokens=loaded.max_attention_tokens,
+                    max_cached_tokens=loaded.max_cached_tokens,
                 )
                 # Runs when the last user is gone, or at interpreter exit. The engine must not
                 # point back at the runtime, or the runtime would never be collected.

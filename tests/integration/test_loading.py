@@ -18,6 +18,7 @@ from qwen3_reranker.embedded import find_gguf
 from qwen3_reranker.loading import ADAPTER_RECORD, load_model
 from qwen3_reranker.prompt import TEMPLATES
 from tests import official
+from tests.fakes import leaking
 from tests.invariants import check_ranking
 
 DOCUMENTS = ["Paris is the capital of France.", "", "I like tea.", "北京是中国的首都。"]
@@ -270,17 +271,9 @@ def test_self_test_refuses_a_decoder_that_does_not_pack(
 ) -> None:
     from qwen3_reranker import attention
 
-    monkeypatch.setitem(attention.BACKENDS, "documents", _leaking)
+    monkeypatch.setitem(attention.BACKENDS, "documents", leaking)
     with pytest.raises(ModelLoadError, match="packed scores differ from plain ones"):
         load_model(str(smollm2), dtype=dtype)
-
-
-def _leaking(query: Any, key: Any, value: Any, span: Any, scaling: float) -> torch.Tensor:
-    """Let documents see their neighbours."""
-    from qwen3_reranker.attention import _causal
-
-    row = slice(span.head.start, span.documents[-1].stop)
-    return _causal(query[:, :, row], key[:, :, row], value[:, :, row], scaling)
 
 
 def test_max_length_beyond_the_model_is_refused(checkpoint: Callable[..., Path]) -> None:

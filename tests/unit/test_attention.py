@@ -97,6 +97,31 @@ def test_gradients_equal_the_definitions(backend: str, shape: list[tuple[int, li
         torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("outside", [1, 4, 5])
+@pytest.mark.parametrize("lengths", [[3], [3, 9, 1], [700, 600, 30], [1200]], ids=str)
+def test_beginning_outside_the_row_changes_nothing(
+    backend: str, outside: int, lengths: list[int]
+) -> None:
+    whole = pack_of([(5, lengths), (6, [4, 2])], "padded")
+    query, key, value = tensors(whole)
+    expected = attend(whole, query, key, value)
+    groups = [
+        Group(np.zeros(head, np.int32), [np.zeros(n, np.int32) for n in each])
+        for head, each in ((5, lengths), (6, [4, 2]))
+    ]
+    seats = [Seat(0, tuple(range(len(lengths))), outside), Seat(1, (0, 1))]
+    pack = build_pack(groups, seats, backend=backend)
+    left = (key[:, :, :outside], value[:, :, :outside])
+    module = torch.nn.Module()
+    module.layer_idx = 1
+    output, _ = packed_attention(
+        module, *(tensor[:, :, outside:] for tensor in (query, key, value)), None,
+        scaling=SIZE**-0.5, pack=pack, outside=[[(torch.tensor(0), torch.tensor(0)), left], None],
+    )  # fmt: skip
+    torch.testing.assert_close(output, expected[:, outside:], atol=2e-6, rtol=1e-5)
+
+
 def test_documents_backend_is_bit_equal_in_any_company() -> None:
     alone = pack_of([(9, [30, 1])], "documents")
     together = pack_of([(9, [30, 12, 7, 50])], "documents")
