@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from qwen3_reranker.loading import cpu_has_bfloat16
+from qwen3_reranker.loading import bfloat16_pays
 
 
 class DisagreementError(Exception):
@@ -64,10 +64,10 @@ def describe_machine(packages: Sequence[str]) -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     cpus = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    native = "native" if cpu_has_bfloat16() else "no native"
+    compared = "faster" if bfloat16_pays() else "no faster"
     return (
         f"{cpus[0] if cpus else platform.processor()}, {len(cpus) or '?'} cores, "
-        f"torch threads: {torch.get_num_threads()}, {native} bfloat16\n"
+        f"torch threads: {torch.get_num_threads()}, bfloat16 {compared}\n"
         f"Python {platform.python_version()}, {', '.join(f'{p} {version(p)}' for p in packages)}"
     )
 

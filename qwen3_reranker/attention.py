@@ -11,7 +11,10 @@ top left on CPU, so a document would lose sight of its own beginning.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
+
+import numpy as np
 
 import torch
 from torch.nn.functional import pad
@@ -19,13 +22,37 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from . import varlen
 from .head_cache import KeyValues
-from .packing import Pack, Span
+from .packing import Group, Pack, Seat, Span, build_pack
 
 NAME = "qwen3_reranker_pack"
 
 Outside: TypeAlias = tuple[torch.Tensor, torch.Tensor] | None
 """Keys and values of a head's beginning that is not in the row, in one layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A pack on its way through the layers.
+
+    Attributes:
+        pack: Layout of the row.
+        outside: For each span, what its head's beginning left in each layer.
+        plan: What the varlen backend needs, None for the others.
+    """
+
+    pack: Pack
+    outside: Sequence[KeyValues | None]
+    plan: varlen.Plan | None
+
+
+def prepare(pack: Pack, outside: Sequence[KeyValues | None], device: torch.device) -> Prepared:
+    """Return what each layer's attention needs, computed once."""
+    plan = None
+    if pack.backend == "varlen":
+        plan = varlen.plan_sequences(pack, device, may_merge=not torch.is_grad_enabled())
+    return Prepared(pack, outside, plan)
 
 
 def packed_attention(
@@ -36,8 +63,7 @@ def packed_attention(
     attention_mask: torch.Tensor | None,
     *,
     scaling: float,
-    pack: Pack | None = None,
-    outside: Sequence[KeyValues | None] = (),
+    prepared: Prepared | None = None,
     captured: KeyValues | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -50,33 +76,28 @@ def packed_attention(
         value: As `key`.
         attention_mask: Only without a pack.
         scaling: Factor of the scores before the softmax.
-        pack: Layout of the row; None for plain causal attention.
-        outside: For each span of the pack, what its head's beginning left in each layer.
+        prepared: The pack; None for plain causal attention.
         captured: Gets this layer's keys and values; only without a pack.
         kwargs: Other settings transformers sends; only meaningful without a pack.
 
     Returns:
         The output, shape (1, tokens, heads, head size), and None for the weights.
     """
-    if pack is None:
+    if prepared is None:
         if captured is not None:
             captured.append((key, value))
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
         return output, None
-    attend = BACKENDS[pack.backend]
-    outputs = []
-    for i, span in enumerate(pack.spans):
-        layers = outside[i] if outside else None
-        beginning = None if layers is None else layers[_layer_of(module)]
-        outputs.append(attend(query, key, value, span, beginning, scaling))
+    layer: Any = getattr(module, "layer_idx", None)
+    outside = [None if layers is None else layers[layer] for layers in prepared.outside]
+    if prepared.plan is not None:
+        return _attend_varlen(query, key, value, prepared.plan, outside, scaling), None
+    attend = BACKENDS[prepared.pack.backend]
+    spans = zip(prepared.pack.spans, outside, strict=True)
+    outputs = [attend(query, key, value, span, beginning, scaling) for span, beginning in spans]
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
-
-
-def _layer_of(module: Any) -> int:
-    number: int = module.layer_idx
-    return number
 
 
 def _attend_documents(
@@ -197,6 +218,79 @@ def _attend_padded(
     return torch.cat([rows, documents], dim=2)
 
 
+def _attend_varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: varlen.Plan,
+    outside: Sequence[Outside],
+    scaling: float,
+) -> torch.Tensor:
+    """Attend by CUDA's kernel for sequences of unequal length, shape (1, tokens, heads, size)."""
+    beginnings = [pair for pair in outside if pair is not None]
+    if beginnings:
+        key, value = (
+            torch.cat([*parts, row], dim=2)
+            for parts, row in zip(zip(*beginnings, strict=True), (key, value), strict=True)
+        )
+    rows = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    return varlen.attend(*rows, plan, scaling)[None]
+
+
+def check_varlen(device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int]) -> str:
+    """Compare the varlen backend with the padded one on random numbers; return what is wrong.
+
+    A mask that is off by a token moves outputs by tenths, rounding to half precision by hundredths.
+
+    Args:
+        device: Where the model runs.
+        dtype: The dtype it runs in.
+        sizes: Heads, key heads and head size.
+
+    Returns:
+        Why the backend cannot be used here, empty if it can.
+    """
+    heads, key_heads, size = sizes
+    groups = [
+        Group(np.zeros(num_head, np.int32), [np.zeros(n, np.int32) for n in lengths])
+        for num_head, lengths in ((70, [1, 130, 12]), (9, [30, 2]), (200, [3] * 40))
+    ]
+    generator = torch.Generator(device).manual_seed(0)
+    try:
+        for cached in (0, 5):
+            seats = [
+                Seat(g, tuple(range(len(group.documents))), cached)
+                for g, group in enumerate(groups)
+            ]
+            packs = {name: build_pack(groups, seats, backend=name) for name in ("padded", "varlen")}
+            num_tokens = len(packs["padded"].token_ids)
+
+            def draw(heads: int, tokens: int) -> torch.Tensor:
+                shape = (1, heads, tokens, size)
+                return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+            row = [draw(n, num_tokens) for n in (heads, key_heads, key_heads)]
+            left: list[KeyValues | None] = [
+                [(draw(key_heads, cached), draw(key_heads, cached))] if cached else None
+                for _ in groups
+            ]
+            module = torch.nn.Module()
+            module.layer_idx = 0  # type: ignore[assignment]
+            expected, found = (
+                packed_attention(
+                    module, *row, None,
+                    scaling=size**-0.5, prepared=prepare(pack, left, device),
+                )[0]
+                for pack in packs.values()
+            )  # fmt: skip
+            largest = (expected.float() - found.float()).abs().max().item()
+            if not largest <= 0.05:
+                return f"it differs from padded attention by {largest:.2g}"
+    except Exception as error:  # whatever a kernel raises, there is a backend that runs
+        return f"{type(error).__name__} in its check"
+    return ""
+
+
 def _causal(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
 ) -> torch.Tensor:
@@ -210,11 +304,26 @@ Backend = Callable[
 BACKENDS: dict[str, Backend] = {"documents": _attend_documents, "padded": _attend_padded}
 
 
-def choose_backend(device: torch.device) -> tuple[str, str]:
-    """Return the backend for a device and the reason, for `doctor` to print."""
+def choose_backend(
+    device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int]
+) -> tuple[str, str]:
+    """Return the backend and the reason, for `doctor` to print.
+
+    Args:
+        device: Where the model runs.
+        dtype: The dtype it runs in.
+        sizes: Heads, key heads and head size.
+    """
     if device.type == "cpu":
         return "documents", "CPU: one unpadded kernel call per document"
-    return "padded", f"{device.type}: no unpadded backend yet, masked attention runs everywhere"
+    if device.type != "cuda":
+        return "padded", f"{device.type}: masked attention runs everywhere, untested here"
+    if dtype is torch.float32:
+        return "padded", "CUDA in float32: the unpadded kernel computes half precision only"
+    problem = check_varlen(device, dtype, sizes)
+    if problem:
+        return "padded", f"CUDA: the unpadded kernel is off, {problem}"
+    return "varlen", "CUDA: unpadded, checked against masked attention"
 
 
 AttentionInterface.register(NAME, packed_attention)

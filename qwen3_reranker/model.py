@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .attention import Prepared, prepare
 from .head_cache import HeadCache, KeyValues
 from .packing import Pack
 from .pruning import last_layer
@@ -98,16 +99,16 @@ class YesNoCrossEncoder(torch.nn.Module):
         last_tokens: list[int],
         pack: Pack | None,
     ) -> torch.Tensor:
-        outside = [self._beginning(span.outside) for span in pack.spans] if pack else []
+        prepared = None if pack is None else self._prepare(pack)
         hidden, positions, rotary = self._embed(token_ids, position_ids)
         layers = self.decoder.layers
-        pruned = layers[-1] if self.prunes and pack is not None else None
+        pruned = layers[-1] if self.prunes and prepared is not None else None
         for layer in layers if pruned is None else layers[:-1]:
-            hidden = _run_layer(layer, hidden, positions, rotary, pack=pack, outside=outside)
-        if pruned is None or pack is None:
+            hidden = _run_layer(layer, hidden, positions, rotary, prepared=prepared)
+        if pruned is None or prepared is None:
             last = hidden[0, last_tokens]
         else:
-            last = last_layer(pruned, hidden, rotary, pack, outside)
+            last = last_layer(pruned, hidden, rotary, prepared)
         with torch.autocast(self.device.type, enabled=False):
             normed: torch.Tensor = self.decoder.norm(last.float())
         return normed
@@ -120,8 +121,12 @@ class YesNoCrossEncoder(torch.nn.Module):
         hidden = self.decoder.embed_tokens(torch.from_numpy(token_ids).to(self.device)[None])
         return hidden, positions, self.decoder.rotary_emb(hidden, positions)
 
-    def _beginning(self, ids: TokenIds | None) -> KeyValues | None:
-        return None if ids is None else self._beginnings.get(ids, self._key_values)
+    def _prepare(self, pack: Pack) -> Prepared:
+        outside = [
+            None if span.outside is None else self._beginnings.get(span.outside, self._key_values)
+            for span in pack.spans
+        ]
+        return prepare(pack, outside, self.device)
 
     def _key_values(self, ids: TokenIds) -> KeyValues:
         """Return what a prompt's beginning leaves for attention in each layer."""

@@ -8,23 +8,20 @@ it. Knows nothing of ids or scores.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers.models.llama import modeling_llama
 
-from .head_cache import KeyValues
-from .packing import Pack
+from .attention import Prepared
 
 
 def last_layer(
     layer: Any,
     hidden: torch.Tensor,
     rotary: tuple[torch.Tensor, torch.Tensor],
-    pack: Pack,
-    outside: Sequence[KeyValues | None],
+    prepared: Prepared,
 ) -> torch.Tensor:
     """Return the layer's output at each document's last token.
 
@@ -32,20 +29,19 @@ def last_layer(
         layer: A Qwen3, Qwen2 or Llama decoder layer of transformers.
         hidden: Output of the layer before, shape (1, tokens, hidden).
         rotary: Cosines and sines of all tokens, shape (1, tokens, head size) each.
-        pack: Layout of the row.
-        outside: For each span, what its head's beginning left in each layer.
+        prepared: The pack.
 
     Returns:
         Shape (documents, hidden).
     """
-    attention, last = layer.self_attn, pack.last_tokens
+    attention, last = layer.self_attn, prepared.pack.last_tokens
     normed = layer.input_layernorm(hidden)
     query = _heads(attention, "q", normed[:, last])
     key = _rotate(_heads(attention, "k", normed), *rotary)
     value = _heads(attention, "v", normed)
     query = _rotate(query, *(table[:, last] for table in rotary))
     attended: list[torch.Tensor] = []  # (1, heads, 1, head size) of each document
-    for span, layers in zip(pack.spans, outside, strict=True):
+    for span, layers in zip(prepared.pack.spans, prepared.outside, strict=True):
         heads = [[tensor[:, :, span.head]] for tensor in (key, value)]
         if layers is not None:
             heads = [

@@ -126,13 +126,13 @@ def test_published_eval_template_scores_its_own_prompt(checkpoint: Callable[...,
     assert log_odds(folder) != pytest.approx(expected, abs=1e-3)
 
 
-def test_default_dtype_on_cpu_is_float32_without_native_bfloat16(
+def test_default_dtype_on_cpu_is_float32_unless_bfloat16_pays(
     checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = str(checkpoint(dtype="bfloat16"))
-    monkeypatch.setattr("qwen3_reranker.loading.cpu_has_bfloat16", lambda: False)
+    monkeypatch.setattr("qwen3_reranker.loading.bfloat16_pays", lambda: False)
     assert load_model(folder, device="cpu").network.decoder.dtype is torch.float32
-    monkeypatch.setattr("qwen3_reranker.loading.cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr("qwen3_reranker.loading.bfloat16_pays", lambda: True)
     assert load_model(folder, device="cpu").network.decoder.dtype is torch.bfloat16
 
 
