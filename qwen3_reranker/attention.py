@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
-
 import torch
 from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -115,7 +114,7 @@ def _attend_documents(
         lengths = [0, row.stop - row.start]
     # Split once: in training a slice per document would each fill a gradient of the whole row.
     (q_head, *queries), (k_head, *keys), (v_head, *values) = (
-        tensor[:, :, row].split(lengths, dim=2) for tensor in (query, key, value)
+        torch.split(tensor[:, :, row], lengths, dim=2) for tensor in (query, key, value)
     )
     if outside is not None:
         k_head, v_head = (
@@ -233,8 +232,8 @@ def _attend_varlen(
             torch.cat([*parts, row], dim=2)
             for parts, row in zip(zip(*beginnings, strict=True), (key, value), strict=True)
         )
-    rows = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    return varlen.attend(*rows, plan, scaling)[None]
+    queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    return varlen.attend(queries, keys, values, plan, scaling)[None]
 
 
 def check_varlen(device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int]) -> str:
@@ -269,7 +268,7 @@ def check_varlen(device: torch.device, dtype: torch.dtype, sizes: tuple[int, int
                 shape = (1, heads, tokens, size)
                 return torch.randn(shape, generator=generator, device=device).to(dtype)
 
-            row = [draw(n, num_tokens) for n in (heads, key_heads, key_heads)]
+            query, key, value = (draw(n, num_tokens) for n in (heads, key_heads, key_heads))
             left: list[KeyValues | None] = [
                 [(draw(key_heads, cached), draw(key_heads, cached))] if cached else None
                 for _ in groups
@@ -278,7 +277,7 @@ def check_varlen(device: torch.device, dtype: torch.dtype, sizes: tuple[int, int
             module.layer_idx = 0  # type: ignore[assignment]
             expected, found = (
                 packed_attention(
-                    module, *row, None,
+                    module, query, key, value, None,
                     scaling=size**-0.5, prepared=prepare(pack, left, device),
                 )[0]
                 for pack in packs.values()
@@ -297,9 +296,7 @@ def _causal(
     return sdpa(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
 
 
-Backend = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, Span, Outside, float], torch.Tensor
-]
+Backend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Span, Outside, float], torch.Tensor]
 
 BACKENDS: dict[str, Backend] = {"documents": _attend_documents, "padded": _attend_padded}
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TypeAlias
-
-import torch
+from typing import TYPE_CHECKING, TypeAlias
 
 from .tokenization import TokenIds
 
-KeyValues: TypeAlias = list[tuple[torch.Tensor, torch.Tensor]]
+if TYPE_CHECKING:
+    import torch
+
+KeyValues: TypeAlias = "list[tuple[torch.Tensor, torch.Tensor]]"
 """Keys and values of each layer, shape (1, key heads, tokens, head size) each."""
 
 

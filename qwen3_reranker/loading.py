@@ -120,9 +120,7 @@ def load_model(
         head.to(torch_device),
         max_cached_tokens=(max_cached_tokens := cached_tokens(config, serving_dtype)),
     )
-    backend, backend_reason = choose_backend(
-        torch_device, serving_dtype, attention_sizes(config)
-    )
+    backend, backend_reason = choose_backend(torch_device, serving_dtype, attention_sizes(config))
     if max_batch_tokens is None:
         max_batch_tokens = default_batch_tokens(torch_device, config, serving_dtype)
     network.prunes = torch_device.type == "cpu"

@@ -75,8 +75,9 @@ class PromptTemplate:
         """Return how the head of any query under this instruction begins.
 
         Example:
-            >>> TEMPLATES["qwen3-reranker"].beginning("Find code")
-            '<Instruct>: Find code\\n<Query>:'
+            >>> print(TEMPLATES["qwen3-reranker"].beginning("Find code"))
+            <Instruct>: Find code
+            <Query>:
         """
         # The query brings the space before it, as a document does: the tokens end here.
         return self.instruction_label + instruction + self.query_label.rstrip(" ")

@@ -136,6 +136,12 @@ class PromptTokenizer:
             num_shared=len(self.prefix) + shared,
         )
 
+    def token_spans(self, document: str) -> list[tuple[int, int]]:
+        """Return (start, stop) in characters of each token of a document."""
+        (text,), _ = _repair_surrogates([" " + document])
+        (encoding,) = self._plain.encode_batch([text], add_special_tokens=False)
+        return [(max(start - 1, 0), max(stop - 1, 0)) for start, stop in encoding.offsets]
+
     def _encode(self, text: str) -> TokenIds:
         (encoding,) = self._plain.encode_batch_fast([text], add_special_tokens=False)
         return _ids(encoding)

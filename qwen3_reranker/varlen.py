@@ -98,15 +98,16 @@ def _sequences(
     whole_row: bool,
 ) -> Sequences:
     lengths = [[len(rows) for rows in side] for side in (queries, keys)]
-    cumulative = [
+    cu_queries, cu_keys = (
         torch.tensor([0, *np.cumsum(side)], dtype=torch.int32, device=device) for side in lengths
-    ]
+    )
     return Sequences(
         None if whole_row else torch.from_numpy(np.concatenate(queries)).to(device),
         torch.from_numpy(np.concatenate(keys)).to(device),
-        *cumulative,
-        max_queries=max(lengths[0]),
-        max_keys=max(lengths[1]),
+        cu_queries,
+        cu_keys,
+        max(lengths[0]),
+        max(lengths[1]),
     )
 
 

@@ -94,9 +94,7 @@ def leaking(query: Any, key: Any, value: Any, span: Any, outside: Any, scaling: 
     before = 0
     if outside is not None:
         before = outside[0].shape[2]
-        key, value = (
-            torch.cat(both, dim=2) for both in zip(outside, (key, value), strict=True)
-        )
+        key, value = (torch.cat(both, dim=2) for both in zip(outside, (key, value), strict=True))
     mask = _tail_mask(query, before, query.shape[2])
     return _attend_tail(query, key, value, mask, scaling)
 

@@ -65,9 +65,7 @@ def test_instruction_is_computed_once_for_all_its_queries(
 
 @pytest.mark.parametrize("backend", ["documents", "padded"])
 @pytest.mark.parametrize("prunes", [False, True])
-def test_layouts_score_alike(
-    checkpoint: Callable[..., Path], backend: str, prunes: bool
-) -> None:
+def test_layouts_score_alike(checkpoint: Callable[..., Path], backend: str, prunes: bool) -> None:
     loaded = load_model(str(checkpoint()), dtype="float32", device="cpu")
     loaded.network.prunes = prunes
     group = loaded.tokenizer.encode_group(None, "water", DOCUMENTS, max_length=512)

@@ -16,8 +16,8 @@ from qwen3_reranker import Reranker
 from qwen3_reranker.loading import load_model
 from qwen3_reranker.packing import Pack
 from tests import real_parts, texts
-from tests.invariants import check_ranking
 from tests.fakes import leaking
+from tests.invariants import check_ranking
 from tests.official import CHATML_SUFFIX, SUFFIX, Official
 
 Pairs = Sequence[tuple[str, str]]

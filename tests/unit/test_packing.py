@@ -110,7 +110,7 @@ def test_what_stays_outside_depends_on_the_group_alone(
         assert len(found) <= 1
         assert found <= {0, group.num_shared, len(group.head)}
         assert all(outside <= cached for outside in found)
-        if 1 < packs and len(group.head) <= cached:
+        if packs > 1 and len(group.head) <= cached:
             assert found == {len(group.head)}
     for seats in planned:
         pack = build_pack(all_groups, seats, backend="documents")
