@@ -150,8 +150,9 @@ def plan_packs(
 
     Example:
         >>> ids = lambda length: np.zeros(length, np.int32)
-        >>> plan_packs([Group(ids(4), [ids(3), ids(9), ids(2)])], max_batch_tokens=14)
-        [[Seat(group=0, documents=(1,))], [Seat(group=0, documents=(0, 2))]]
+        >>> packs = plan_packs([Group(ids(4), [ids(3), ids(9), ids(2)])], max_batch_tokens=14)
+        >>> [[seat.documents for seat in pack] for pack in packs]
+        [[(1,)], [(0, 2)]]
     """
     packs: list[list[Seat]] = []
     pack: list[Seat] = []
