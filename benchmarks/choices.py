@@ -87,7 +87,7 @@ def measure_masks(rounds: int) -> None:
             pack: Pack = pack,
         ) -> None:
             with patch.object(attention, "_skips_mask", lambda head, length: skips):
-                attention.BACKENDS["documents"](*tensors, pack.spans[0], HEAD_SIZE**-0.5)
+                attention.BACKENDS["documents"](*tensors, pack.spans[0], None, HEAD_SIZE**-0.5)
 
         least = fastest(
             {"masked": partial(attend, False), "maskless": partial(attend, True)}, rounds

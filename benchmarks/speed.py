@@ -1,11 +1,13 @@
-"""CPU cost of scoring one query's documents, beside the official script and sentence-transformers.
+"""Cost of scoring, beside the official script, plain transformers and sentence-transformers.
 
-Decides the workload, the contenders and the extrapolation to full depth. Knows nothing of quality:
-the weights are random, which changes no cost. Every contender starts from text and ends with
-P("yes"); none is timed before all agree on every document.
+    python -m benchmarks.speed --workloads w1 w3 w6
+
+Decides the workloads and the extrapolation to full depth. Knows nothing of quality: the weights are
+random, which changes no cost. Every contender starts from text and ends with P("yes"); none is
+timed before all agree on every document.
 
 Two depths of the real widths are measured. Layers cost the same each, so two depths give the cost
-of a layer and of the rest (tokenization, embedding, vocabulary head), hence that of 28 layers.
+of a layer and of the rest (tokenization, embedding, vocabulary head), hence that of all layers.
 """
 
 from __future__ import annotations
@@ -15,241 +17,274 @@ import gc
 import shlex
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from sentence_transformers import CrossEncoder
 from tokenizers import Tokenizer
 
-from qwen3_reranker import Reranker
 from qwen3_reranker.loading import DTYPES
-from tests.official import INSTRUCTION, PREFIX, SUFFIX, format_body
-from tests.real_parts import QWEN3_0_6B, qwen3_tokenizer_file, save_random_qwen3
+from tests.real_parts import (
+    QWEN3_0_6B,
+    QWEN3_4B,
+    QWEN3_8B,
+    qwen3_tokenizer_file,
+    random_config,
+    save_random_qwen3,
+)
 
+from .contenders import NAMES, OFFICIAL, OURS, TOLERANCES, Batch, check_agreement, load
+from .floor import best_rate, least_flops
 from .workload import (
     DisagreementError,
     add_run_options,
-    count_tokens,
     describe_machine,
+    in_new_process,
     one_token_words,
+    peak_memory,
+    read_clock,
     spread_lengths,
     write_measurements,
 )
 
-OURS = "qwen3-reranker"
 PACKAGES = ("torch", "transformers", "sentence-transformers")
-OFFICIAL_BATCH = 8
 DEPTHS = (4, 8)
-FULL_DEPTH = 28
-WIDTHS: dict[str, dict[str, Any]] = {"0.6b": QWEN3_0_6B, "tiny": {}}
-# Greatest difference in P("yes") between any two contenders. In bfloat16 the official script
-# differs from itself by up to 0.05 when the batch changes, so only float32 shows a wrong prompt.
-TOLERANCES = {"float32": 1e-4, "bfloat16": 0.1}
-_LEAST_VARIATION = 0.01
-
-_MEDIAN_TOKENS, _MEAN_TOKENS = 110, 120
-_SHORTEST, _LONGEST = 40, 400
+WIDTHS: dict[str, tuple[dict[str, Any], int]] = {
+    "0.6b": (QWEN3_0_6B, 28), "4b": (QWEN3_4B, 36), "8b": (QWEN3_8B, 36), "tiny": ({}, 28),
+}  # fmt: skip
+"""Shape and number of layers of each checkpoint."""
 _QUERY_TOKENS = 15
+_HEAD_TOKENS = 60 + _QUERY_TOKENS
+_SUFFIX_TOKENS = 9
 
 
 @dataclass(frozen=True, slots=True)
-class Contender:
-    """A way to get P("yes") of each document from text, and the tokens computed for it so far."""
+class Workload:
+    """Queries and the lengths of their documents in tokens."""
 
-    name: str
-    score: Callable[[str, list[str]], list[float]]
-    tokens: Callable[[], int]
+    text: str
+    lengths: list[int]
+    queries: int = 1
+
+
+def _spread(count: int, mean: int, shortest: int, longest: int) -> list[int]:
+    """Return log-normal lengths; the median lies 8 % below the mean."""
+    median = mean / 1.09
+    sigma = float(np.sqrt(2 * np.log(mean / median)))
+    lengths: list[int] = spread_lengths(
+        count, median=median, sigma=sigma, shortest=shortest, longest=longest
+    ).tolist()
+    return lengths
+
+
+WORKLOADS = {
+    "w1": Workload("100 documents of about 120 tokens", _spread(100, 120, 40, 400)),
+    "w2": Workload("20 documents of about 500 tokens", _spread(20, 500, 200, 1200)),
+    "w3": Workload("50 documents of about 30 tokens", _spread(50, 30, 10, 90)),
+    "w4": Workload("4 documents of 2,000 to 6,000 tokens", [2000, 3500, 4500, 6000]),
+    "w5": Workload("32 queries with 10 documents of about 120", _spread(10, 120, 40, 400), 32),
+    "w6": Workload("1 document of 120 tokens", [120]),
+    "long": Workload("1 document of 4,000 tokens", [4000]),
+    "w1-12": Workload("12 documents of about 120 tokens", _spread(12, 120, 40, 400)),
+}
 
 
 @dataclass(slots=True)
 class Result:
-    """What one contender cost at one dtype and depth: padded tokens, and seconds per round."""
+    """What one contender cost on one workload at one dtype and depth."""
 
+    workload: str
     contender: str
     dtype: str
     layers: int
-    tokens: int
-    cpu: list[float] = field(default_factory=list)
-    wall: list[float] = field(default_factory=list)
+    tokens: int = 0
+    seconds: list[float] = field(default_factory=list)
+    peak_mb: float = 0.0
 
 
-class OfficialScript:
-    """The script of the model card, with its pairs cut into batches.
+@dataclass(frozen=True, slots=True)
+class Total:
+    """A contender's cost at all layers, from two depths or measured."""
 
-    The card sends all pairs at once; their full-vocabulary logits would not fit into memory.
-    """
-
-    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
-        auto: Any = transformers
-        self.tokenizer = auto.AutoTokenizer.from_pretrained(folder, padding_side="left")
-        self.model = auto.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-        self.prefix = self.tokenizer.encode(PREFIX, add_special_tokens=False)
-        self.suffix = self.tokenizer.encode(SUFFIX, add_special_tokens=False)
-        self.no_yes = self.tokenizer.convert_tokens_to_ids(["no", "yes"])
-
-    @torch.no_grad()
-    def score(self, query: str, documents: list[str], **forward: Any) -> list[float]:
-        """Return P("yes") of each document; `forward` goes to the model."""
-        pairs = [format_body(INSTRUCTION, query, document) for document in documents]
-        scores: list[float] = []
-        for start in range(0, len(pairs), OFFICIAL_BATCH):
-            inputs = self._encode(pairs[start : start + OFFICIAL_BATCH])
-            logits = self.model(**inputs, **forward).logits[:, -1, :]
-            scores += logits[:, self.no_yes].log_softmax(dim=1)[:, 1].exp().tolist()
-        return scores
-
-    def _encode(self, pairs: list[str]) -> Any:
-        room = 8192 - len(self.prefix) - len(self.suffix)
-        inputs = self.tokenizer(
-            pairs, truncation="longest_first", max_length=room, return_attention_mask=False
-        )
-        inputs["input_ids"] = [self.prefix + ids + self.suffix for ids in inputs["input_ids"]]
-        return self.tokenizer.pad(inputs, padding=True, return_tensors="pt")
+    workload: str
+    contender: str
+    dtype: str
+    seconds: float
+    times_ours: float
+    floor_share: float | None
 
 
-def draw_texts(num_documents: int, seed: int) -> tuple[str, list[str], list[int]]:
-    """Draw a query and documents of words that are one token each.
-
-    Returns:
-        The query, the documents, and their lengths in tokens as the tokenizer counts them.
-    """
+def draw_batch(workload: Workload, seed: int) -> Batch:
+    """Draw queries and documents of words that are one token each."""
     rng = np.random.default_rng(seed)
-    tokenizer = Tokenizer.from_file(str(qwen3_tokenizer_file()))
-    words = one_token_words(tokenizer)
-    sigma = np.sqrt(2 * np.log(_MEAN_TOKENS / _MEDIAN_TOKENS))
-    lengths = spread_lengths(
-        num_documents, median=_MEDIAN_TOKENS, sigma=sigma, shortest=_SHORTEST, longest=_LONGEST
-    )
-    wanted = rng.permutation(lengths)
-    query, *documents = (" ".join(rng.choice(words, n)) for n in (_QUERY_TOKENS, *wanted))
-    return query, documents, [len(tokenizer.encode(" " + text).ids) for text in documents]
+    words = one_token_words(Tokenizer.from_file(str(qwen3_tokenizer_file())))
 
-
-def save_checkpoint(folder: Path, *, widths: str, layers: int, dtype: str, seed: int) -> None:
-    """Write random weights, stored in the dtype they run in, so that all round them alike."""
-    settings = {"num_hidden_layers": layers, **WIDTHS[widths]}
-    save_random_qwen3(folder, dtype=dtype, seed=seed, **settings)
-    # sentence-transformers sends a pair as one message per role.
-    message = (
-        '{{{{ messages | selectattr("role", "eq", "{}") | map(attribute="content") | first }}}}'
-    )
-    body = format_body(INSTRUCTION, message.format("query"), message.format("document"))
-    # Jinja drops one newline at the end.
-    (folder / "chat_template.jinja").write_text(PREFIX + body + SUFFIX + "\n", encoding="utf-8")
-
-
-def load_contenders(folder: Path, dtype: str) -> list[Contender]:
-    """Load each way to score once; the official two share a model."""
-    official = OfficialScript(folder, DTYPES[dtype])
-    official_tokens = count_tokens(official.model)
-    encoder = CrossEncoder(
-        str(folder), device="cpu", local_files_only=True, model_kwargs={"dtype": DTYPES[dtype]}
-    )
-    reranker = Reranker(str(folder), dtype=dtype, device="cpu")
-
-    def last_logits(query: str, documents: list[str]) -> list[float]:
-        return official.score(query, documents, logits_to_keep=1, use_cache=False)
-
-    def predict(query: str, documents: list[str]) -> list[float]:
-        scores: list[float] = encoder.predict([(query, text) for text in documents]).tolist()
-        return scores
+    def text(length: int) -> str:
+        return " ".join(rng.choice(words, length))
 
     return [
-        Contender("official script", official.score, official_tokens),
-        Contender("official, last logits", last_logits, official_tokens),
-        Contender("sentence-transformers", predict, count_tokens(encoder.model)),
-        Contender(OURS, reranker.score, lambda: reranker.usage.tokens),
+        (text(_QUERY_TOKENS), [text(n) for n in rng.permutation(workload.lengths).tolist()])
+        for _ in range(workload.queries)
     ]
 
 
-def check_agreement(
-    contenders: Sequence[Contender], query: str, documents: list[str], tolerance: float
-) -> str:
-    """Score once with each, which also warms them up, and say how far they agree.
-
-    Raises:
-        DisagreementError: If they differ by more than `tolerance`, or scores hardly vary.
-    """
-    scores = np.array([contender.score(query, documents) for contender in contenders])
-    difference, variation = np.ptp(scores, axis=0).max(), np.ptp(scores[0])
-    if not difference <= tolerance:  # also when it is NaN
-        names = [contender.name for contender in contenders]
-        from_first = np.abs(scores - scores[0]).max(axis=1)
-        raise DisagreementError(
-            f"scores differ by up to {difference:.2g}, but only {tolerance} is allowed. Apart from "
-            f"the {names[0]}: "
-            + ", ".join(f"{n} {d:.2g}" for n, d in zip(names[1:], from_first[1:], strict=True))
-        )
-    if variation < _LEAST_VARIATION:
-        raise DisagreementError(f"scores vary by {variation:.2g} only, so agreement shows nothing")
-    return f"scores agree within {difference:.1e} and vary by {variation:.2f}"
+def save_checkpoint(folder: Path, args: argparse.Namespace, dtype: str, layers: int) -> None:
+    """Write random weights, stored in the dtype they run in, so that all round them alike."""
+    shape, _ = WIDTHS[args.widths]
+    settings = {**shape, "num_hidden_layers": layers}
+    save_random_qwen3(folder, dtype=dtype, seed=args.seed, **settings)
 
 
 def measure(
-    args: argparse.Namespace, query: str, documents: list[str], dtype: str, layers: int
+    args: argparse.Namespace, batches: dict[str, Batch], dtype: str, layers: int
 ) -> list[Result]:
     """Check, then time every contender on one checkpoint, in a new order each round."""
     rng = np.random.default_rng(args.seed)
+    results: list[Result] = []
     with tempfile.TemporaryDirectory(dir=args.workdir) as name:
         folder = Path(name)
-        save_checkpoint(folder, widths=args.widths, layers=layers, dtype=dtype, seed=args.seed)
-        contenders = load_contenders(folder, dtype)
-        agreement = check_agreement(contenders, query, documents, TOLERANCES[dtype])
-        print(f"{dtype}, {layers} layers: {agreement}", flush=True)
-        results = [Result(contender.name, dtype, layers, 0) for contender in contenders]
-        for _ in range(args.rounds):
-            for i in rng.permutation(len(contenders)):
-                before = contenders[i].tokens()
-                gc.collect()  # the garbage of one is not the next one's work
-                wall, cpu = time.perf_counter(), time.process_time()
-                contenders[i].score(query, documents)
-                results[i].cpu.append(time.process_time() - cpu)
-                results[i].wall.append(time.perf_counter() - wall)
-                results[i].tokens = contenders[i].tokens() - before
+        save_checkpoint(folder, args, dtype, layers)
+        contenders = load(folder, dtype, args.device, args.contenders)
+        for workload, batch in batches.items():
+            agreement = check_agreement(contenders, batch, TOLERANCES[dtype])
+            print(f"{workload}, {dtype}, {layers} layers: {agreement}", flush=True)
+            found = [Result(workload, contender.name, dtype, layers) for contender in contenders]
+            for number in range(args.rounds):
+                for i in rng.permutation(len(contenders)):
+                    # As published it takes hours; what it costs beyond its last logits is plain.
+                    if contenders[i].name == OFFICIAL and number >= args.official_rounds:
+                        continue
+                    gc.collect()  # the garbage of one is not the next one's work
+                    before, start = contenders[i].tokens(), read_clock(args.device)
+                    contenders[i].score(batch)
+                    found[i].seconds.append(read_clock(args.device) - start)
+                    found[i].tokens = contenders[i].tokens() - before
+            results += [result for result in found if result.seconds]
+        if args.memory and layers == max(args.depths):
+            del contenders
+            for result in results:
+                alone = partial(score_once, folder, dtype, args.device, result.contender)
+                result.peak_mb = in_new_process(
+                    peak_memory, alone, batches[result.workload], args.device
+                )
     return results
 
 
-def format_table(results: Sequence[Result]) -> str:
-    """Return a line per contender and dtype: minima, because interference only ever adds."""
-    first, second = DEPTHS
+def score_once(folder: Path, dtype: str, device: str, name: str, batch: Batch) -> None:
+    """Load one contender and score a batch; for a process that does nothing else."""
+    (contender,) = load(folder, dtype, device, [name])
+    contender.score(batch)
+
+
+def extrapolate(
+    args: argparse.Namespace, results: Sequence[Result], rates: dict[str, float]
+) -> list[Total]:
+    """Return every contender's cost at all layers, and its share of the floor."""
+    _, layers = WIDTHS[args.widths]
+    seconds: dict[tuple[str, str, str], float] = {}
+    at = {(r.workload, r.contender, r.dtype, r.layers): min(r.seconds) for r in results}
+    for workload, contender, dtype, depth in at:
+        found = [at.get((workload, contender, dtype, d)) for d in args.depths]
+        if depth != args.depths[0] or None in found:
+            continue
+        first, *others = (value for value in found if value is not None)
+        per_layer = (others[0] - first) / (args.depths[1] - args.depths[0]) if others else 0.0
+        beyond = layers - args.depths[0] if others else 0
+        seconds[workload, contender, dtype] = first + beyond * per_layer
+    totals = []
+    for (workload, contender, dtype), total in seconds.items():
+        depth = layers if len(args.depths) > 1 else args.depths[0]
+        floor = _least(args, workload, depth) / rates[dtype]
+        ours = seconds.get((workload, OURS, dtype), np.nan)
+        totals.append(Total(workload, contender, dtype, total, total / ours, floor / total))
+    return totals
+
+
+def _least(args: argparse.Namespace, workload: str, layers: int) -> float:
+    each = WORKLOADS[workload]
+    lengths = [length + _SUFFIX_TOKENS for length in each.lengths]
+    return each.queries * least_flops(_config(args), layers, _HEAD_TOKENS, lengths)
+
+
+def _config(args: argparse.Namespace) -> Any:
+    return random_config(**WIDTHS[args.widths][0])
+
+
+def format_table(results: Sequence[Result], totals: Sequence[Total]) -> str:
+    """Return Markdown: minima of the rounds, because interference only ever adds."""
     lines = [
-        f"{'':31}{'CPU s, minimum of rounds':>27}{'times':>7}{'max/min':>11}{'wall s, min.':>15}",
-        f"{'contender':<22}{'dtype':<9}{f'T{first}':>9}{f'T{second}':>9}{f'T{FULL_DEPTH}':>9}"
-        f"{'ours':>7}{f'T{first} T{second}':>11}{f'T{first}':>7}{f'T{second}':>8}{'tokens':>8}",
+        "| workload | contender | dtype | tokens | all layers, s | times ours | of the floor "
+        "| max/min | peak MB |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    at = {(result.contender, result.dtype, result.layers): result for result in results}
-    pairs = [(r, at[r.contender, r.dtype, second]) for r in results if r.layers == first]
-    full = {}
-    for a, b in pairs:
-        per_layer = (min(b.cpu) - min(a.cpu)) / (second - first)
-        full[a.contender, a.dtype] = min(a.cpu) + (FULL_DEPTH - first) * per_layer
-    for a, b in pairs:
-        spread = f"{max(a.cpu) / min(a.cpu):.2f} {max(b.cpu) / min(b.cpu):.2f}"
-        total = full[a.contender, a.dtype]
+    for total in totals:
+        mine = [
+            r for r in results
+            if (r.workload, r.contender, r.dtype) == (total.workload, total.contender, total.dtype)
+        ]  # fmt: skip
+        spread = " ".join(f"{max(r.seconds) / min(r.seconds):.2f}" for r in mine)
+        peak = max(r.peak_mb for r in mine)
+        share = "" if total.floor_share is None else f"{100 * total.floor_share:.0f} %"
         lines.append(
-            f"{a.contender:<22}{a.dtype:<9}{min(a.cpu):9.3f}{min(b.cpu):9.3f}{total:9.2f}"
-            f"{total / full[OURS, a.dtype]:7.2f}{spread:>11}"
-            f"{min(a.wall):7.2f}{min(b.wall):8.2f}{a.tokens:8d}"
+            f"| {total.workload} | {total.contender} | {total.dtype} | {mine[0].tokens} "
+            f"| {total.seconds:.2f} | {total.times_ours:.2f} | {share} | {spread} "
+            f"| {f'{peak:.0f}' if peak else ''} |"
         )
     return "\n".join(lines)
+
+
+def save_plot(file: Path, totals: Sequence[Total], title: str) -> None:
+    """Draw each contender's cost in times of ours, a group of bars per workload."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots()
+    rivals = [name for name in NAMES if any(total.contender == name for total in totals)]
+    groups = list(dict.fromkeys((total.workload, total.dtype) for total in totals))
+    height = 0.8 / len(rivals)
+    for j, name in enumerate(rivals):
+        found = {(t.workload, t.dtype): t.times_ours for t in totals if t.contender == name}
+        places = [i + j * height for i, group in enumerate(groups) if group in found]
+        values = [found[group] for group in groups if group in found]
+        bars = axes.barh(places, values, height, label=name)
+        axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
+    axes.set_yticks(
+        [i + 0.4 - height / 2 for i in range(len(groups))],
+        [f"{WORKLOADS[workload].text}\n{dtype}" for workload, dtype in groups],
+        fontsize=8,
+    )
+    axes.invert_yaxis()
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xlabel("time, in times of qwen3-reranker's (less is faster)")
+    axes.set_title(title, fontsize=9)
+    axes.legend(fontsize=8)
+    figure.savefig(file, dpi=150)
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
-    parser.add_argument("--documents", type=int, default=24)
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=["w1-12"])
+    parser.add_argument("--contenders", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--dtypes", nargs="+", choices=TOLERANCES, default=list(TOLERANCES))
     parser.add_argument("--widths", choices=WIDTHS, default="0.6b")
+    parser.add_argument(
+        "--depths", nargs="+", type=int, default=list(DEPTHS),
+        help="layers that are measured; one depth is not extrapolated",
+    )  # fmt: skip
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--official-rounds", type=int, default=1, help="of the script as published")
+    parser.add_argument("--memory", action="store_true", help="also the peak of a process of each")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a bar chart here")
     add_run_options(parser)
     args = parser.parse_args(argv)
-    if min(args.documents, args.rounds, args.threads) < 1:
-        parser.error("--documents, --rounds and --threads must be at least 1")
+    if min(*args.depths, args.rounds, args.threads) < 1 or len(args.depths) > 2:
+        parser.error("--depths (one or two), --rounds and --threads must be at least 1")
     return args
 
 
@@ -260,25 +295,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     library_logging: Any = transformers.utils.logging
     library_logging.disable_progress_bar()
     torch.set_num_threads(args.threads)
-    query, documents, lengths = draw_texts(args.documents, args.seed)
-    conditions = (
-        f"$ {shlex.join(['python', '-m', 'benchmarks.speed', *argv])}\n"
-        f"{describe_machine(PACKAGES)}\n"
-        f"widths {args.widths}, {len(lengths)} documents of {min(lengths)} to {max(lengths)} "
-        f"tokens, mean {np.mean(lengths):.0f}"
-    )
-    print(conditions, flush=True)
+    machine = describe_machine(PACKAGES)
+    if args.device == "cuda":
+        machine += f"\n{torch.cuda.get_device_name()}, wall seconds"
+    lines = [f"$ {shlex.join(['python', '-m', 'benchmarks.speed', *argv])}", *machine.splitlines()]
+    rates = {}
+    for dtype in args.dtypes:
+        clock = partial(read_clock, args.device)
+        rates[dtype], rows = best_rate(_config(args), DTYPES[dtype], args.device, clock)
+        lines.append(
+            f"{dtype}: the layer's matrices at best {rates[dtype] / 1e9:.0f} GFLOP/s, {rows} tokens"
+        )
+    print("\n".join(lines), flush=True)
+    batches = {name: draw_batch(WORKLOADS[name], args.seed) for name in args.workloads}
     results: list[Result] = []
     for dtype in args.dtypes:
-        for layers in DEPTHS:
+        for layers in args.depths:
             try:
-                results += measure(args, query, documents, dtype, layers)
+                results += measure(args, batches, dtype, layers)
             except DisagreementError as error:
                 print(f"{dtype}, {layers} layers: {error}. Nothing more is timed.", file=sys.stderr)
                 return 1
             gc.collect()  # models go before the next ones come
-    print(f"\n{format_table(results)}")
-    write_measurements(args.json, conditions.splitlines(), results)
+    totals = extrapolate(args, results, rates)
+    print(f"\n{format_table(results, totals)}")
+    write_measurements(args.json, lines, results)
+    if args.plot is not None:
+        save_plot(args.plot, totals, f"{args.widths} widths, {machine.splitlines()[0]}")
     return 0
 
 

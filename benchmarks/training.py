@@ -20,13 +20,10 @@ import gc
 import shlex
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -48,7 +45,10 @@ from .workload import (
     DisagreementError,
     add_run_options,
     describe_machine,
+    in_new_process,
     one_token_words,
+    read_clock,
+    resident_bytes,
     spread_lengths,
     write_measurements,
 )
@@ -154,17 +154,10 @@ def measure_time(contenders: Sequence[Contender], setting: Setting, rounds: int)
 def time_step(contender: Contender, device: str, result: Result) -> None:
     """Run a step and note its seconds and tokens."""
     gc.collect()  # the garbage of one is not the next one's work
-    before, start = contender.tokens(), _now(device)
+    before, start = contender.tokens(), read_clock(device)
     contender.step()
-    result.seconds.append(_now(device) - start)
+    result.seconds.append(read_clock(device) - start)
     result.tokens = contender.tokens() - before
-
-
-def _now(device: str) -> float:
-    if device == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def measure_alone(load: Callable[[], Contender], device: str, threads: int, steps: int) -> Result:
@@ -179,25 +172,13 @@ def measure_alone(load: Callable[[], Contender], device: str, threads: int, step
     else:
         ctypes.CDLL(None).malloc_trim(0)  # what loading has freed is not room for the steps
         Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present level
-        loaded = _resident("VmRSS")
+        loaded = resident_bytes("VmRSS")
     result = Result(contender.name)
     for _ in range(steps):
         time_step(contender, device, result)
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else _resident("VmHWM")
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident_bytes("VmHWM")
     result.loaded_mb, result.peak_mb = loaded / 1e6, peak / 1e6
     return result
-
-
-def _resident(field_name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (kilobytes,) = (line.split()[1] for line in lines if line.startswith(field_name))
-    return 1024 * int(kilobytes)
-
-
-def in_new_process(function: Callable[..., Any], *args: Any) -> Any:
-    """Return `function(*args)` as a fresh interpreter computes it."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
 
 
 def format_table(results: Sequence[Result]) -> str:

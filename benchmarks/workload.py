@@ -8,9 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -20,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from qwen3_reranker.loading import cpu_has_bfloat16
+from qwen3_reranker.loading import bfloat16_pays
 
 
 class DisagreementError(Exception):
@@ -64,12 +67,40 @@ def describe_machine(packages: Sequence[str]) -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     cpus = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    native = "native" if cpu_has_bfloat16() else "no native"
+    compared = "faster" if bfloat16_pays() else "no faster"
     return (
         f"{cpus[0] if cpus else platform.processor()}, {len(cpus) or '?'} cores, "
-        f"torch threads: {torch.get_num_threads()}, {native} bfloat16\n"
+        f"torch threads: {torch.get_num_threads()}, bfloat16 {compared}\n"
         f"Python {platform.python_version()}, {', '.join(f'{p} {version(p)}' for p in packages)}"
     )
+
+
+def read_clock(device: str) -> float:
+    """Return seconds: the process's own on CPU, on CUDA the wall's when all work is done."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def in_new_process(function: Callable[..., Any], *args: Any) -> Any:
+    """Return `function(*args)` as a fresh interpreter computes it."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def resident_bytes(field: str) -> int:
+    """Return a size of this process from the kernel: VmRSS, or its peak VmHWM."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (kilobytes,) = (line.split()[1] for line in lines if line.startswith(field))
+    return 1024 * int(kilobytes)
+
+
+def peak_memory(run: Callable[..., object], batch: Any, device: str) -> float:
+    """Return the greatest size in MB of a process that runs this; for a process of its own."""
+    run(batch)
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident_bytes("VmHWM")
+    return peak / 1e6
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:

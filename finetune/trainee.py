@@ -165,7 +165,7 @@ def load_trainee(base: Base, *, device: torch.device, template: PromptTemplate |
         full.to(device)
     decoder = (full if base.peft is None else full.get_base_model()).base_model
     network = YesNoCrossEncoder(decoder, head.to(device))
-    backend, _ = choose_backend(device)
+    backend, _ = choose_backend(device, dtype, loading.attention_sizes(config))
     loading.self_test(network, tokenizer, backend, config.max_position_embeddings)
     return Trainee(
         network,

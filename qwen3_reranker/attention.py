@@ -10,17 +10,48 @@ top left on CPU, so a document would lose sight of its own beginning.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
+from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from .packing import Pack, Span
+from . import varlen
+from .head_cache import KeyValues
+from .packing import Group, Pack, Seat, Span, build_pack
 
 NAME = "qwen3_reranker_pack"
+
+Outside: TypeAlias = tuple[torch.Tensor, torch.Tensor] | None
+"""Keys and values of a head's beginning that is not in the row, in one layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A pack on its way through the layers.
+
+    Attributes:
+        pack: Layout of the row.
+        outside: For each span, what its head's beginning left in each layer.
+        plan: What the varlen backend needs, None for the others.
+    """
+
+    pack: Pack
+    outside: Sequence[KeyValues | None]
+    plan: varlen.Plan | None
+
+
+def prepare(pack: Pack, outside: Sequence[KeyValues | None], device: torch.device) -> Prepared:
+    """Return what each layer's attention needs, computed once."""
+    plan = None
+    if pack.backend == "varlen":
+        plan = varlen.plan_sequences(pack, device, may_merge=not torch.is_grad_enabled())
+    return Prepared(pack, outside, plan)
 
 
 def packed_attention(
@@ -31,7 +62,8 @@ def packed_attention(
     attention_mask: torch.Tensor | None,
     *,
     scaling: float,
-    pack: Pack | None = None,
+    prepared: Prepared | None = None,
+    captured: KeyValues | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend within the documents of a pack.
@@ -43,91 +75,219 @@ def packed_attention(
         value: As `key`.
         attention_mask: Only without a pack.
         scaling: Factor of the scores before the softmax.
-        pack: Layout of the row; None for plain causal attention.
+        prepared: The pack; None for plain causal attention.
+        captured: Gets this layer's keys and values; only without a pack.
         kwargs: Other settings transformers sends; only meaningful without a pack.
 
     Returns:
         The output, shape (1, tokens, heads, head size), and None for the weights.
     """
-    if pack is None:
+    if prepared is None:
+        if captured is not None:
+            captured.append((key, value))
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
         return output, None
-    attend = BACKENDS[pack.backend]
-    outputs = [attend(query, key, value, span, scaling) for span in pack.spans]
+    layer: Any = getattr(module, "layer_idx", None)
+    outside = [None if layers is None else layers[layer] for layers in prepared.outside]
+    if prepared.plan is not None:
+        return _attend_varlen(query, key, value, prepared.plan, outside, scaling), None
+    attend = BACKENDS[prepared.pack.backend]
+    spans = zip(prepared.pack.spans, outside, strict=True)
+    outputs = [attend(query, key, value, span, beginning, scaling) for span, beginning in spans]
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
 def _attend_documents(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, span: Span, scaling: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    span: Span,
+    outside: Outside,
+    scaling: float,
 ) -> torch.Tensor:
     """One kernel call per document over [head; document], without padding."""
-    head = span.head
-    row = slice(head.start, span.documents[-1].stop)
-    if len(span.documents) == 1:
-        return _causal(query[:, :, row], key[:, :, row], value[:, :, row], scaling)
-    num_head = head.stop - head.start
-    lengths = [document.stop - document.start for document in span.documents]
+    row = slice(span.head.start, span.documents[-1].stop)
+    lengths = [part.stop - part.start for part in (span.head, *span.documents)]
+    if len(span.documents) == 1:  # it may be long, and its head needs no call of its own
+        lengths = [0, row.stop - row.start]
     # Split once: in training a slice per document would each fill a gradient of the whole row.
-    (q_head, *q_own), (k_head, *k_own), (v_head, *v_own) = (
-        tensor[:, :, row].split([num_head, *lengths], dim=2) for tensor in (query, key, value)
+    (q_head, *queries), (k_head, *keys), (v_head, *values) = (
+        torch.split(tensor[:, :, row], lengths, dim=2) for tensor in (query, key, value)
     )
-    outputs = [_causal(q_head, k_head, v_head, scaling)]
-    longest = max((n for n in lengths if not _skips_mask(num_head, n)), default=0)
-    # Row i of a document sees the head and its own tokens 0..i; a shorter one uses a corner.
-    mask = query.new_ones(longest, num_head + longest, dtype=torch.bool).tril(num_head)
-    for length, own, own_keys, own_values in zip(lengths, q_own, k_own, v_own, strict=True):
-        keys = torch.cat([k_head, own_keys], dim=2)
-        values = torch.cat([v_head, own_values], dim=2)
-        if _skips_mask(num_head, length):
-            queries = torch.cat([q_head, own], dim=2)
-            outputs.append(_causal(queries, keys, values, scaling)[:, :, num_head:])
-        else:
-            corner = mask[:length, : num_head + length]
-            outputs.append(
-                sdpa(own, keys, values, attn_mask=corner, scale=scaling, enable_gqa=True)
-            )
+    if outside is not None:
+        k_head, v_head = (
+            torch.cat([beginning, own], dim=2)
+            for beginning, own in zip(outside, (k_head, v_head), strict=True)
+        )
+    outputs = []
+    if lengths[0]:
+        mask = _tail_mask(q_head, k_head.shape[2] - lengths[0], lengths[0])
+        outputs.append(_attend_tail(q_head, k_head, v_head, mask, scaling))
+    before = k_head.shape[2]
+    longest = max((n for n in lengths[1:] if not _skips_mask(before, n)), default=0)
+    mask = _tail_mask(query, before, longest)
+    for own, own_keys, own_values in zip(queries, keys, values, strict=True):
+        seen = torch.cat([k_head, own_keys], dim=2) if before else own_keys
+        read = torch.cat([v_head, own_values], dim=2) if before else own_values
+        outputs.append(_attend_tail(own, seen, read, mask, scaling))
     return torch.cat(outputs, dim=2)
 
 
-def _skips_mask(num_head: int, length: int) -> bool:
-    """Say whether a document is attended together with its head and without a mask.
+def _attend_tail(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """Return the last rows of causal attention over the keys: those of the queries given.
 
-    The kernel then skips the upper triangle, which pays for the head's queries computed again:
-    `python -m benchmarks.choices` finds both equal at 500 tokens, and this ahead beyond.
+    Without a mask the kernel skips the upper triangle, but is aligned at the top left, so that
+    rows are needed for the keys before: of zeros, and thrown away.
     """
-    return length >= max(512, 2 * num_head)
+    length, before = query.shape[2], key.shape[2] - query.shape[2]
+    if not before:
+        return _causal(query, key, value, scaling)
+    if _skips_mask(before, length):
+        return _causal(pad(query, (0, 0, before, 0)), key, value, scaling)[:, :, before:]
+    corner = mask[:length, : before + length]
+    return sdpa(query, key, value, attn_mask=corner, scale=scaling, enable_gqa=True)
+
+
+def _tail_mask(like: torch.Tensor, before: int, length: int) -> torch.Tensor:
+    """Return what `length` tokens see after `before` others; fewer tokens use a corner."""
+    return like.new_ones(length, before + length, dtype=torch.bool).tril(before)
+
+
+def _skips_mask(before: int, length: int) -> bool:
+    """Say whether a document is attended together with rows for what it follows, unmasked.
+
+    That the kernel then skips the upper triangle pays for those rows: `python -m
+    benchmarks.choices` finds both equal at 500 tokens, and this ahead beyond.
+    """
+    return length >= max(512, 2 * before)
 
 
 def _attend_padded(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, span: Span, scaling: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    span: Span,
+    outside: Outside,
+    scaling: float,
 ) -> torch.Tensor:
     """All documents of a group in one padded, masked call: runs everywhere, and is the oracle."""
-    head = span.head
-    num_head = head.stop - head.start
+    start, stop = span.head.start, span.documents[-1].stop
+    query, key, value = (tensor[:, :, start:stop] for tensor in (query, key, value))
+    num_outside = 0
+    if outside is not None:
+        num_outside = outside[0].shape[2]
+        key, value = (
+            torch.cat([beginning, own], dim=2)
+            for beginning, own in zip(outside, (key, value), strict=True)
+        )
+    head = span.head.stop - start  # rows of the head that ask
+    num_head = num_outside + head
     lengths = torch.tensor([d.stop - d.start for d in span.documents], device=query.device)
-    starts = torch.tensor([d.start for d in span.documents], device=query.device)
+    starts = torch.tensor([d.start - start for d in span.documents], device=query.device)
     offset = torch.arange(int(lengths.max()), device=query.device)
     own = starts[:, None] + offset.clamp(max=lengths[:, None] - 1)  # (documents, longest)
-    shared = torch.arange(head.start, head.stop, device=query.device).expand(len(own), -1)
-    keys_at = torch.cat([shared, own], dim=1)  # (documents, P + longest)
+    shared = torch.arange(num_head, device=query.device).expand(len(own), -1)
+    keys_at = torch.cat([shared, own + num_outside], dim=1)  # (documents, P + longest)
     repeat = query.shape[1] // key.shape[1]
     keys, values = (
         t[0].repeat_interleave(repeat, dim=0)[:, keys_at].transpose(0, 1) for t in (key, value)
     )
-    mask = torch.ones(len(offset), num_head + len(offset), dtype=torch.bool, device=query.device)
     output = sdpa(
         query[0][:, own].transpose(0, 1),
         keys,
         values,
-        attn_mask=mask.tril(num_head),
+        attn_mask=_tail_mask(query, num_head, len(offset)),
         scale=scaling,
     )  # (documents, heads, longest, head size); padded rows hold copies that are dropped here
     documents = output.transpose(1, 2)[offset < lengths[:, None]].transpose(0, 1)[None]
-    return torch.cat(
-        [_causal(query[:, :, head], key[:, :, head], value[:, :, head], scaling), documents], dim=2
-    )
+    if not head:
+        return documents
+    rows = _attend_tail(
+        query[:, :, :head], key[:, :, :num_head], value[:, :, :num_head],
+        _tail_mask(query, num_outside, head), scaling,
+    )  # fmt: skip
+    return torch.cat([rows, documents], dim=2)
+
+
+def _attend_varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: varlen.Plan,
+    outside: Sequence[Outside],
+    scaling: float,
+) -> torch.Tensor:
+    """Attend by CUDA's kernel for sequences of unequal length, shape (1, tokens, heads, size)."""
+    beginnings = [pair for pair in outside if pair is not None]
+    if beginnings:
+        key, value = (
+            torch.cat([*parts, row], dim=2)
+            for parts, row in zip(zip(*beginnings, strict=True), (key, value), strict=True)
+        )
+    queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    return varlen.attend(queries, keys, values, plan, scaling)[None]
+
+
+def check_varlen(device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int]) -> str:
+    """Compare the varlen backend with the padded one on random numbers; return what is wrong.
+
+    A mask that is off by a token moves outputs by tenths, rounding to half precision by hundredths.
+
+    Args:
+        device: Where the model runs.
+        dtype: The dtype it runs in.
+        sizes: Heads, key heads and head size.
+
+    Returns:
+        Why the backend cannot be used here, empty if it can.
+    """
+    heads, key_heads, size = sizes
+    groups = [
+        Group(np.zeros(num_head, np.int32), [np.zeros(n, np.int32) for n in lengths])
+        for num_head, lengths in ((70, [1, 130, 12]), (9, [30, 2]), (200, [3] * 40))
+    ]
+    generator = torch.Generator(device).manual_seed(0)
+    try:
+        for cached in (0, 5):
+            seats = [
+                Seat(g, tuple(range(len(group.documents))), cached)
+                for g, group in enumerate(groups)
+            ]
+            packs = {name: build_pack(groups, seats, backend=name) for name in ("padded", "varlen")}
+            num_tokens = len(packs["padded"].token_ids)
+
+            def draw(heads: int, tokens: int) -> torch.Tensor:
+                shape = (1, heads, tokens, size)
+                return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+            query, key, value = (draw(n, num_tokens) for n in (heads, key_heads, key_heads))
+            left: list[KeyValues | None] = [
+                [(draw(key_heads, cached), draw(key_heads, cached))] if cached else None
+                for _ in groups
+            ]
+            module = torch.nn.Module()
+            module.layer_idx = 0  # type: ignore[assignment]
+            expected, found = (
+                packed_attention(
+                    module, query, key, value, None,
+                    scaling=size**-0.5, prepared=prepare(pack, left, device),
+                )[0]
+                for pack in packs.values()
+            )  # fmt: skip
+            largest = (expected.float() - found.float()).abs().max().item()
+            if not largest <= 0.05:
+                return f"it differs from padded attention by {largest:.2g}"
+    except Exception as error:  # whatever a kernel raises, there is a backend that runs
+        return f"{type(error).__name__} in its check"
+    return ""
 
 
 def _causal(
@@ -136,16 +296,31 @@ def _causal(
     return sdpa(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
 
 
-Backend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Span, float], torch.Tensor]
+Backend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Span, Outside, float], torch.Tensor]
 
 BACKENDS: dict[str, Backend] = {"documents": _attend_documents, "padded": _attend_padded}
 
 
-def choose_backend(device: torch.device) -> tuple[str, str]:
-    """Return the backend for a device and the reason, for `doctor` to print."""
+def choose_backend(
+    device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int]
+) -> tuple[str, str]:
+    """Return the backend and the reason, for `doctor` to print.
+
+    Args:
+        device: Where the model runs.
+        dtype: The dtype it runs in.
+        sizes: Heads, key heads and head size.
+    """
     if device.type == "cpu":
         return "documents", "CPU: one unpadded kernel call per document"
-    return "padded", f"{device.type}: no unpadded backend yet, masked attention runs everywhere"
+    if device.type != "cuda":
+        return "padded", f"{device.type}: masked attention runs everywhere, untested here"
+    if dtype is torch.float32:
+        return "padded", "CUDA in float32: the unpadded kernel computes half precision only"
+    problem = check_varlen(device, dtype, sizes)
+    if problem:
+        return "padded", f"CUDA: the unpadded kernel is off, {problem}"
+    return "varlen", "CUDA: unpadded, checked against masked attention"
 
 
 AttentionInterface.register(NAME, packed_attention)

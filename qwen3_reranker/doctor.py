@@ -19,7 +19,7 @@ from huggingface_hub import constants
 from tokenizers import Tokenizer
 
 from . import __version__, checkpoint
-from .loading import cpu_has_bfloat16
+from .loading import bfloat16_pays
 from .prompt import PromptTemplate
 from .reranker import Reranker
 from .results import probability
@@ -185,8 +185,8 @@ def _official_log_odds(
 
 
 def _cpu_kind() -> str:
-    native = "" if cpu_has_bfloat16() else "no "
-    return f"{torch.backends.cpu.get_cpu_capability()}, {native}native bfloat16"
+    compared = "faster" if bfloat16_pays() else "no faster"
+    return f"{torch.backends.cpu.get_cpu_capability()}, bfloat16 is {compared} than float32"
 
 
 def _version(distribution: str) -> str:

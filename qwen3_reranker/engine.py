@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ClosedError, NonFiniteScoreError, OverloadedError, Qwen3RerankerError
-from .packing import Pack, build_pack, merge_duplicates, plan_packs
+from .packing import Group, Pack, build_pack, merge_duplicates, plan_packs
+from .score_cache import ScoreCache
 from .tokenization import EncodedGroup
 
 Progress = Callable[[int], object]
@@ -34,7 +35,7 @@ class Scores:
 
     Attributes:
         log_odds: One float32 array per group, aligned with its documents.
-        tokens: Tokens the model computed.
+        tokens: Tokens of the packs the model computed; beginnings kept for many are not counted.
     """
 
     log_odds: list[NDArray[np.float32]]
@@ -69,6 +70,8 @@ class Engine:
         backend: Attention backend of the packs.
         max_batch_tokens: Linear tokens per pack.
         max_attention_tokens: Attention tokens per pack, or None.
+        max_cached_tokens: Longest beginning of a head that is computed apart from its packs.
+        max_cached_scores: Scores kept for prompts that come again; 0 keeps none.
         max_waiting: Requests that may wait; one more is refused.
     """
 
@@ -79,12 +82,16 @@ class Engine:
         backend: str,
         max_batch_tokens: int,
         max_attention_tokens: int | None = None,
+        max_cached_tokens: int = 0,
+        max_cached_scores: int = 0,
         max_waiting: int = 1024,
     ) -> None:
         self._score = score
         self._backend = backend
         self._max_batch_tokens = max_batch_tokens
         self._max_attention_tokens = max_attention_tokens
+        self._max_cached_tokens = max_cached_tokens
+        self._known = ScoreCache(max_cached_scores) if max_cached_scores else None
         # Its put is reentrant, so that `stop` may run in a finaliser, in whatever thread and
         # wherever the garbage collector happens to call it.
         self._waiting: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
@@ -171,18 +178,26 @@ class Engine:
         abandoned: threading.Event,
     ) -> Scores:
         merged, places = merge_duplicates(groups)
-        log_odds = [np.full(len(group.documents), np.nan, np.float32) for group in merged]
+        log_odds = [self._recall(group) for group in merged]
+        unknown = [np.flatnonzero(np.isnan(row)) for row in log_odds]
+        waiting = [
+            Group(group.head, [group.documents[d] for d in missing], group.num_shared)
+            for group, missing in zip(merged, unknown, strict=True)
+        ]
+        if progress is not None and self._known is not None:
+            progress(sum(len(group.documents) for group in merged) - sum(map(len, unknown)))
         tokens = 0
         for seats in plan_packs(
-            merged,
+            waiting,
             max_batch_tokens=self._max_batch_tokens,
             max_attention_tokens=self._max_attention_tokens,
+            max_cached_tokens=self._max_cached_tokens,
         ):
             if self._is_closed:
                 raise ClosedError("the reranker was closed while this call was scored.")
             if abandoned.is_set():
                 raise CancelledError
-            pack = build_pack(merged, seats, backend=self._backend)
+            pack = build_pack(waiting, seats, backend=self._backend)
             scored = self._score(pack)
             if scored.shape != (len(pack.last_tokens),):
                 raise Qwen3RerankerError(
@@ -193,14 +208,27 @@ class Engine:
             start = 0
             for seat in seats:
                 stop = start + len(seat.documents)
-                log_odds[seat.group][list(seat.documents)] = scored[start:stop]
+                log_odds[seat.group][unknown[seat.group][list(seat.documents)]] = scored[start:stop]
                 start = stop
             tokens += len(pack.token_ids)
             if progress is not None:
                 progress(stop)
         aligned = [np.array([log_odds[g][d] for g, d in row], np.float32) for row in places]
         _refuse_non_finite(aligned)
+        if self._known is not None:
+            for group, row in zip(merged, log_odds, strict=True):
+                for document, value in zip(group.documents, row.tolist(), strict=True):
+                    self._known.keep(ScoreCache.key(group.head, document), value)
         return Scores(aligned, tokens)
+
+    def _recall(self, group: Group) -> NDArray[np.float32]:
+        """Return the log-odds known of each document, NaN for the others."""
+        row = np.full(len(group.documents), np.nan, np.float32)
+        if self._known is not None:
+            for d, document in enumerate(group.documents):
+                value = self._known.find(ScoreCache.key(group.head, document))
+                row[d] = np.nan if value is None else value
+        return row
 
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()

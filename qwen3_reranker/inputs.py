@@ -188,6 +188,20 @@ def positive_int(name: str, value: Any) -> int:
     return int(value)
 
 
+def window_score(value: Any) -> Any:
+    """Return how the scores of a long document's windows become one.
+
+    Raises:
+        InputError: If it is none of the ways there are.
+    """
+    if value not in (None, "max", "mean"):
+        raise InputError(
+            f"window_score must be 'max', 'mean' or None, got {value!r}. Use None to cut documents "
+            "that do not fit."
+        )
+    return value
+
+
 def dtype(value: Any) -> str | None:
     """Return a dtype's name, from the name itself or a torch dtype.
 

@@ -11,8 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .attention import Prepared, prepare
+from .head_cache import HeadCache, KeyValues
 from .packing import Pack
 from .pruning import last_layer
+from .tokenization import TokenIds
 
 
 class YesNoCrossEncoder(torch.nn.Module):
@@ -29,16 +32,25 @@ class YesNoCrossEncoder(torch.nn.Module):
         head: `W[yes] - W[no]` in float32 on the decoder's device, shape (hidden,).
         prunes: Whether packs skip what no score needs of the last layer. Not for training: hooks
             of sharded layers would not run.
+        max_cached_tokens: Tokens of heads' beginnings that are kept, see `head_cache`.
     """
 
     decoder: Any  # no type in transformers says what its decoders have in common
 
-    def __init__(self, decoder: Any, head: torch.Tensor, *, prunes: bool = False) -> None:
+    def __init__(
+        self,
+        decoder: Any,
+        head: torch.Tensor,
+        *,
+        prunes: bool = False,
+        max_cached_tokens: int = 0,
+    ) -> None:
         super().__init__()
         self.decoder = decoder
         self.prunes = prunes
         # A plain attribute, so that casting the module never touches the row's float32.
         self.head = head
+        self._beginnings = HeadCache(max_cached_tokens)
 
     @property
     def device(self) -> torch.device:
@@ -87,24 +99,58 @@ class YesNoCrossEncoder(torch.nn.Module):
         last_tokens: list[int],
         pack: Pack | None,
     ) -> torch.Tensor:
-        positions = torch.from_numpy(position_ids).to(self.device)[None]
-        hidden = self.decoder.embed_tokens(torch.from_numpy(token_ids).to(self.device)[None])
-        rotary = self.decoder.rotary_emb(hidden, positions)
+        prepared = None if pack is None else self._prepare(pack)
+        hidden, positions, rotary = self._embed(token_ids, position_ids)
         layers = self.decoder.layers
-        pruned = layers[-1] if self.prunes and pack is not None else None
+        pruned = layers[-1] if self.prunes and prepared is not None else None
         for layer in layers if pruned is None else layers[:-1]:
-            hidden = layer(
-                hidden,
-                attention_mask=None,
-                position_ids=positions,
-                position_embeddings=rotary,
-                use_cache=False,
-                pack=pack,
-            )  # (1, tokens, hidden)
-        if pruned is None or pack is None:
+            hidden = _run_layer(layer, hidden, positions, rotary, prepared=prepared)
+        if pruned is None or prepared is None:
             last = hidden[0, last_tokens]
         else:
-            last = last_layer(pruned, hidden, rotary, pack)
+            last = last_layer(pruned, hidden, rotary, prepared)
         with torch.autocast(self.device.type, enabled=False):
             normed: torch.Tensor = self.decoder.norm(last.float())
         return normed
+
+    def _embed(
+        self, token_ids: NDArray[np.int64], position_ids: NDArray[np.int64]
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        """Return hidden states (1, tokens, hidden), positions (1, tokens), cosines and sines."""
+        positions = torch.from_numpy(position_ids).to(self.device)[None]
+        hidden = self.decoder.embed_tokens(torch.from_numpy(token_ids).to(self.device)[None])
+        return hidden, positions, self.decoder.rotary_emb(hidden, positions)
+
+    def _prepare(self, pack: Pack) -> Prepared:
+        outside = [
+            None if span.outside is None else self._beginnings.get(span.outside, self._key_values)
+            for span in pack.spans
+        ]
+        return prepare(pack, outside, self.device)
+
+    def _key_values(self, ids: TokenIds) -> KeyValues:
+        """Return what a prompt's beginning leaves for attention in each layer."""
+        captured: KeyValues = []
+        hidden, positions, rotary = self._embed(ids.astype(np.int64), np.arange(len(ids)))
+        for layer in self.decoder.layers:
+            hidden = _run_layer(layer, hidden, positions, rotary, captured=captured)
+        return captured
+
+
+def _run_layer(
+    layer: Any,
+    hidden: torch.Tensor,
+    positions: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    **attention: Any,
+) -> torch.Tensor:
+    """Return the layer's output, shape (1, tokens, hidden); `attention` reaches our function."""
+    output: torch.Tensor = layer(
+        hidden,
+        attention_mask=None,
+        position_ids=positions,
+        position_embeddings=rotary,
+        use_cache=False,
+        **attention,
+    )
+    return output

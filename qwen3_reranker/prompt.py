@@ -71,6 +71,17 @@ class PromptTemplate:
         """
         return self.instruction_label + instruction + self.query_label + query + self.document_label
 
+    def beginning(self, instruction: str) -> str:
+        """Return how the head of any query under this instruction begins.
+
+        Example:
+            >>> print(TEMPLATES["qwen3-reranker"].beginning("Find code"))
+            <Instruct>: Find code
+            <Query>:
+        """
+        # The query brings the space before it, as a document does: the tokens end here.
+        return self.instruction_label + instruction + self.query_label.rstrip(" ")
+
     def render(self, instruction: str, query: str, document: str) -> str:
         """Return the whole prompt as one string, to look at or to send to another engine."""
         return self.prefix + self.head(instruction, query) + " " + document + self.suffix

@@ -14,11 +14,14 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers.models.llama import modeling_llama
 
-from .packing import Pack
+from .attention import Prepared
 
 
 def last_layer(
-    layer: Any, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], pack: Pack
+    layer: Any,
+    hidden: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    prepared: Prepared,
 ) -> torch.Tensor:
     """Return the layer's output at each document's last token.
 
@@ -26,23 +29,29 @@ def last_layer(
         layer: A Qwen3, Qwen2 or Llama decoder layer of transformers.
         hidden: Output of the layer before, shape (1, tokens, hidden).
         rotary: Cosines and sines of all tokens, shape (1, tokens, head size) each.
-        pack: Layout of the row.
+        prepared: The pack.
 
     Returns:
         Shape (documents, hidden).
     """
-    attention, last = layer.self_attn, pack.last_tokens
+    attention, last = layer.self_attn, prepared.pack.last_tokens
     normed = layer.input_layernorm(hidden)
     query = _heads(attention, "q", normed[:, last])
     key = _rotate(_heads(attention, "k", normed), *rotary)
     value = _heads(attention, "v", normed)
     query = _rotate(query, *(table[:, last] for table in rotary))
     attended: list[torch.Tensor] = []  # (1, heads, 1, head size) of each document
-    for span in pack.spans:
+    for span, layers in zip(prepared.pack.spans, prepared.outside, strict=True):
+        heads = [[tensor[:, :, span.head]] for tensor in (key, value)]
+        if layers is not None:
+            heads = [
+                [beginning, *own]
+                for beginning, own in zip(layers[attention.layer_idx], heads, strict=True)
+            ]
         for document in span.documents:  # it sees its head and all of itself
             keys, values = (
-                torch.cat([tensor[:, :, span.head], tensor[:, :, document]], dim=2)
-                for tensor in (key, value)
+                torch.cat([*head, tensor[:, :, document]], dim=2)
+                for head, tensor in zip(heads, (key, value), strict=True)
             )
             one = query[:, :, len(attended) : len(attended) + 1]
             attended.append(sdpa(one, keys, values, scale=attention.scaling, enable_gqa=True))

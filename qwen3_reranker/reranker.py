@@ -10,7 +10,7 @@ import asyncio
 import sys
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, replace
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -21,10 +21,11 @@ from . import inputs
 from .embedded import EMBEDDED
 from .engine import Engine, Scores, ScoresFuture
 from .errors import ClosedError, InputError
+from .jobs import EncodedJob, Job, Limits, Scored, align, encode_job, rank_all
 from .prompt import PromptTemplate
-from .results import RankedDocument, Usage, cut_ranking, probability, rank_documents
+from .results import RankedDocument, Usage
 from .runtime import Runtime
-from .tokenization import EncodedGroup
+from .windows import WindowScore
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +55,13 @@ class Reranker:
         instruction: Task sentence for every call that gives none. None is the template's own.
         max_length: Tokens per pair, prompt included. Only a document's end is ever cut, and its
             result says so. The default adapts to models with fewer positions.
+        window_score: Read a document that does not fit in overlapping windows instead of cutting
+            it: "max" gives it the best window's score, "mean" the mean of their log-odds. Its
+            result names the best window. None cuts.
+        max_windows: Windows of one document, from its beginning; None reads all of it.
         max_batch_tokens: Token budget of one forward; None chooses by device and memory.
+        max_cached_scores: Scores kept in memory for prompts that come again, about 200 bytes each,
+            without their texts. 0 keeps none.
 
     Raises:
         InputError: If an argument has the wrong type or value.
@@ -77,13 +84,22 @@ class Reranker:
         revision: str | None = None,
         instruction: str | None = None,
         max_length: int = DEFAULT_MAX_LENGTH,
+        window_score: WindowScore | None = None,
+        max_windows: int | None = None,
         max_batch_tokens: int | None = None,
+        max_cached_scores: int = 0,
     ) -> None:
         self._model = inputs.path("model", model)
         self._instruction = inputs.instruction(instruction)
-        self._max_length = inputs.positive_int("max_length", max_length)
+        self._limits = Limits(
+            inputs.positive_int("max_length", max_length),
+            inputs.window_score(window_score),
+            None if max_windows is None else inputs.positive_int("max_windows", max_windows),
+        )
         if max_batch_tokens is not None:
             inputs.positive_int("max_batch_tokens", max_batch_tokens)
+        if max_cached_scores != 0:
+            inputs.positive_int("max_cached_scores", max_cached_scores)
         self._usage = Usage()
         self._usage_lock = threading.Lock()
         self._runtime: Runtime | None = Runtime(
@@ -94,6 +110,7 @@ class Reranker:
             adapter=None if adapter is None else inputs.path("adapter", adapter),
             revision=inputs.name_or_none("revision", revision),
             max_batch_tokens=max_batch_tokens,
+            max_cached_scores=max_cached_scores,
         )
 
     @classmethod
@@ -103,18 +120,27 @@ class Reranker:
         *,
         instruction: str | None = None,
         max_length: int = DEFAULT_MAX_LENGTH,
+        window_score: WindowScore | None = None,
+        max_windows: int | None = None,
         **settings: Any,
     ) -> Self:
         """Return a reranker that shares its weights with others of the same settings.
 
-        Takes what the constructor takes. `instruction` and `max_length` belong to the returned
-        object alone; everything else decides which weights are shared. They are freed when the
-        last reranker that shares them is closed or collected.
+        Takes what the constructor takes. `instruction`, `max_length` and windows belong to the
+        returned object alone; everything else decides which weights are shared. They are freed
+        when the last reranker that shares them is closed or collected.
 
         Raises:
             InputError: If an argument has the wrong type or value.
         """
-        reranker = cls(model, instruction=instruction, max_length=max_length, **settings)
+        reranker = cls(
+            model,
+            instruction=instruction,
+            max_length=max_length,
+            window_score=window_score,
+            max_windows=max_windows,
+            **settings,
+        )
         if reranker._runtime is not None:
             reranker._runtime = reranker._runtime.shared()
         return reranker
@@ -159,7 +185,7 @@ class Reranker:
         """
         job = self._job([query], [documents], inputs.instruction(instruction))
         inputs.cut(top_n, score_threshold)
-        (ranked,) = _ranked(job, self._score(job), top_n, score_threshold)
+        (ranked,) = rank_all(job, self._score(job), top_n, score_threshold)
         return ranked
 
     async def arank(
@@ -178,7 +204,7 @@ class Reranker:
         """
         job = self._job([query], [documents], inputs.instruction(instruction))
         inputs.cut(top_n, score_threshold)
-        (ranked,) = _ranked(job, await self._ascore(job), top_n, score_threshold)
+        (ranked,) = rank_all(job, await self._ascore(job), top_n, score_threshold)
         return ranked
 
     def rank_many(
@@ -207,7 +233,7 @@ class Reranker:
         """
         job = self._job(queries, documents, instruction)
         inputs.cut(top_n, score_threshold)
-        return _ranked(job, self._score(job), top_n, score_threshold)
+        return rank_all(job, self._score(job), top_n, score_threshold)
 
     def score(
         self, query: str, documents: Sequence[str], *, instruction: str | None = None
@@ -218,7 +244,7 @@ class Reranker:
             Qwen3RerankerError: As `rank`.
         """
         job = self._job([query], [documents], inputs.instruction(instruction))
-        return _probabilities(self._score(job))
+        return self._score(job).probabilities
 
     async def ascore(
         self, query: str, documents: Sequence[str], *, instruction: str | None = None
@@ -229,7 +255,7 @@ class Reranker:
             Qwen3RerankerError: As `rank`.
         """
         job = self._job([query], [documents], inputs.instruction(instruction))
-        return _probabilities(await self._ascore(job))
+        return (await self._ascore(job)).probabilities
 
     def score_pairs(
         self, pairs: Sequence[tuple[str, str]], *, instruction: str | None = None
@@ -245,7 +271,7 @@ class Reranker:
             [[document] for _, document in checked],
             inputs.instruction(instruction),
         )
-        return _probabilities(self._score(job))
+        return self._score(job).probabilities
 
     @property
     def usage(self) -> Usage:
@@ -295,7 +321,7 @@ class Reranker:
         rebuild = partial(
             type(self).shared,
             instruction=self._instruction,
-            max_length=self._max_length,
+            **asdict(self._limits),
             **settings,
         )
         return rebuild, ()
@@ -305,7 +331,7 @@ class Reranker:
             raise ClosedError("this reranker is closed. Make a new one.")
         return self._runtime
 
-    def _job(self, queries: Any, documents: Any, instruction: Any) -> _Job:
+    def _job(self, queries: Any, documents: Any, instruction: Any) -> Job:
         """Check everything a caller gave, before any work."""
         self._open_runtime()
         queries, documents = inputs.lists(queries, documents)
@@ -314,26 +340,27 @@ class Reranker:
             default if given is None else given
             for given in inputs.instructions(instruction, len(queries))
         ]
-        return _Job(queries, documents, instructions)
+        return Job(queries, documents, instructions)
 
-    def _score(self, job: _Job) -> _Scored:
+    def _score(self, job: Job) -> Scored:
         if not job.num_documents:
-            return _Scored.empty(job)
+            return Scored.empty(job)
         encoded, engine = self._encode(job)
         if not _is_watched():
-            return self._count(job, encoded, _wait(engine.submit(encoded)))
+            return self._count(job, encoded, _wait(engine.submit(encoded.groups)))
         with tqdm(
             total=job.num_documents, unit=" documents", desc="Reranking",
             delay=_PROGRESS_AFTER_S, leave=False,
         ) as bar:  # fmt: skip
-            return self._count(job, encoded, _wait(engine.submit(encoded, progress=bar.update)))
+            future = engine.submit(encoded.groups, progress=bar.update)
+            return self._count(job, encoded, _wait(future))
 
-    async def _ascore(self, job: _Job) -> _Scored:
+    async def _ascore(self, job: Job) -> Scored:
         if not job.num_documents:
-            return _Scored.empty(job)
+            return Scored.empty(job)
         # Encoding a long text takes a while and loading a model longer: neither on the loop.
         encoded, engine = await asyncio.to_thread(self._encode, job)
-        future = engine.submit(encoded)
+        future = engine.submit(encoded.groups)
         try:
             scores = await asyncio.wrap_future(future)
         except asyncio.CancelledError:
@@ -341,40 +368,27 @@ class Reranker:
             raise
         return self._count(job, encoded, scores)
 
-    def _encode(self, job: _Job) -> tuple[list[EncodedGroup], Engine]:
+    def _encode(self, job: Job) -> tuple[EncodedJob, Engine]:
         loaded, engine = self._open_runtime().load()
-        limit = loaded.max_positions
-        if self._max_length > limit and self._max_length != DEFAULT_MAX_LENGTH:
+        longest, limit = self._limits.max_length, loaded.max_positions
+        if longest > limit and longest != DEFAULT_MAX_LENGTH:
             raise InputError(
-                f"max_length must be at most {limit} for this model, got {self._max_length}. It "
-                "has no positions beyond."
+                f"max_length must be at most {limit} for this model, got {longest}. It has no "
+                "positions beyond."
             )
-        encoded = []
-        for i, query in enumerate(job.queries):
-            try:
-                group = loaded.tokenizer.encode_group(
-                    job.instructions[i],
-                    query,
-                    job.documents[i],
-                    max_length=min(self._max_length, limit),
-                )
-            except InputError as error:
-                if len(job.queries) == 1:
-                    raise
-                raise InputError(f"queries[{i}]: {error}") from error
-            encoded.append(group)
-        return encoded, engine
+        limits = replace(self._limits, max_length=min(longest, limit))
+        return encode_job(job, loaded.tokenizer, limits), engine
 
-    def _count(self, job: _Job, encoded: list[EncodedGroup], scores: Scores) -> _Scored:
-        truncated = [group.truncated for group in encoded]
+    def _count(self, job: Job, encoded: EncodedJob, scores: Scores) -> Scored:
         with self._usage_lock:
             self._usage = Usage(
                 self._usage.documents + job.num_documents,
                 self._usage.tokens + scores.tokens,
-                self._usage.truncated + sum(map(sum, truncated)),
-                self._usage.repaired + sum(group.num_repaired for group in encoded),
+                self._usage.truncated + sum(map(sum, encoded.truncated)),
+                self._usage.repaired + sum(group.num_repaired for group in encoded.groups),
             )
-        return _Scored([row.tolist() for row in scores.log_odds], truncated)
+        rows = [row.tolist() for row in scores.log_odds]
+        return align(encoded, rows, self._limits.window_score)
 
 
 def _wait(future: ScoresFuture) -> Scores:
@@ -388,39 +402,3 @@ def _wait(future: ScoresFuture) -> Scores:
 def _is_watched() -> bool:
     # Services run without stderr, where a bar would raise in the thread that scores.
     return sys.stderr is not None and sys.stderr.isatty()
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """A checked call: one instruction and one list of documents per query."""
-
-    queries: list[str]
-    documents: list[list[str]]
-    instructions: list[str | None]
-
-    @property
-    def num_documents(self) -> int:
-        return sum(map(len, self.documents))
-
-
-@dataclass(frozen=True, slots=True)
-class _Scored:
-    """Log-odds and truncation flags, aligned with a job's documents."""
-
-    log_odds: list[list[float]]
-    truncated: list[list[bool]]
-
-    @classmethod
-    def empty(cls, job: _Job) -> _Scored:
-        return cls([[] for _ in job.queries], [[] for _ in job.queries])
-
-
-def _ranked(
-    job: _Job, scored: _Scored, top_n: int | None, score_threshold: float | None
-) -> list[list[RankedDocument]]:
-    rows = zip(job.documents, scored.log_odds, scored.truncated, strict=True)
-    return [cut_ranking(rank_documents(*row), top_n, score_threshold) for row in rows]
-
-
-def _probabilities(scored: _Scored) -> list[float]:
-    return [probability(value) for row in scored.log_odds for value in row]

@@ -24,7 +24,9 @@ class RankedDocument:
         document: The caller's own string object; left out of `repr`, which ends up in logs.
         score: P("yes") between 0 and 1.
         log_odds: logit(yes) - logit(no); does not saturate, so it is what the list is sorted by.
-        truncated: True if the end of the document was cut to fit `max_length`.
+        truncated: True if a part of the document was not read, to fit `max_length`.
+        window: Start and stop in characters of the best window, if the document was read in
+            windows because of its length; the reranker's `window_score` says how.
     """
 
     index: int
@@ -32,6 +34,7 @@ class RankedDocument:
     score: float
     log_odds: float
     truncated: bool
+    window: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +55,23 @@ class Usage:
 
 
 def rank_documents(
-    documents: Sequence[str], log_odds: Sequence[float], truncated: Sequence[bool]
+    documents: Sequence[str],
+    log_odds: Sequence[float],
+    truncated: Sequence[bool],
+    windows: Sequence[tuple[int, int] | None],
 ) -> list[RankedDocument]:
     """Return all documents by falling log-odds; equal ones keep their order.
 
     Example:
-        >>> [r.index for r in rank_documents(["a", "b", "c"], [0.5, 2.0, 0.5], [False] * 3)]
+        >>> ranking = rank_documents(["a", "b", "c"], [0.5, 2.0, 0.5], [False] * 3, [None] * 3)
+        >>> [result.index for result in ranking]
         [1, 0, 2]
     """
     order = sorted(range(len(documents)), key=lambda i: -log_odds[i])
     return [
-        RankedDocument(i, documents[i], probability(log_odds[i]), log_odds[i], truncated[i])
+        RankedDocument(
+            i, documents[i], probability(log_odds[i]), log_odds[i], truncated[i], windows[i]
+        )
         for i in order
     ]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .engine import Engine, refuse_fork
 from .prompt import PromptTemplate
@@ -19,7 +19,7 @@ Setting = str | int | PromptTemplate | None
 
 
 class Runtime:
-    """Loads once, on demand. Arguments are those of `loading.load_model`."""
+    """Loads once, on demand. Arguments are those of `load_model` and `max_cached_scores`."""
 
     _shared: ClassVar[weakref.WeakValueDictionary[tuple[tuple[str, Setting], ...], Runtime]] = (
         weakref.WeakValueDictionary()
@@ -48,12 +48,16 @@ class Runtime:
                 refuse_fork()
                 from .loading import load_model  # imports torch and transformers
 
-                loaded = load_model(**self.settings)  # type: ignore[arg-type]
+                settings: dict[str, Any] = dict(self.settings)
+                max_cached_scores = settings.pop("max_cached_scores", 0)
+                loaded = load_model(**settings)
                 engine = Engine(
                     loaded.network.score,
                     backend=loaded.backend,
                     max_batch_tokens=loaded.max_batch_tokens,
                     max_attention_tokens=loaded.max_attention_tokens,
+                    max_cached_tokens=loaded.max_cached_tokens,
+                    max_cached_scores=max_cached_scores,
                 )
                 # Runs when the last user is gone, or at interpreter exit. The engine must not
                 # point back at the runtime, or the runtime would never be collected.

@@ -47,12 +47,14 @@ class EncodedGroup:
         documents: One array per document, shape (L,), each ending in the suffix.
         truncated: Per document, True if its end was cut.
         num_repaired: Texts of this group in which lone surrogates were replaced.
+        num_shared: Tokens with which the head of any query under this instruction begins.
     """
 
     head: TokenIds
     documents: list[TokenIds]
     truncated: list[bool]
     num_repaired: int
+    num_shared: int = 0
 
 
 class PromptTokenizer:
@@ -113,7 +115,9 @@ class PromptTokenizer:
         if instruction is None:
             instruction = self.template.default_instruction
         texts, repaired = _repair_surrogates([instruction, query, *documents])
-        head = np.concatenate([self.prefix, self._encode(self.template.head(*texts[:2]))])
+        own = self._encode(self.template.head(*texts[:2]))
+        head = np.concatenate([self.prefix, own])
+        shared = _common_length(own, self._encode(self.template.beginning(texts[0])))
         room = max_length - len(head) - len(self.suffix)
         if room < 1:
             raise InputError(
@@ -125,8 +129,18 @@ class PromptTokenizer:
         if repaired:
             logger.warning("Lone surrogates replaced by U+FFFD; texts concerned: %d.", repaired)
         return EncodedGroup(
-            head, [np.concatenate([body, self.suffix]) for body in bodies], truncated, repaired
+            head,
+            [np.concatenate([body, self.suffix]) for body in bodies],
+            truncated,
+            repaired,
+            num_shared=len(self.prefix) + shared,
         )
+
+    def token_spans(self, document: str) -> list[tuple[int, int]]:
+        """Return (start, stop) in characters of each token of a document."""
+        (text,), _ = _repair_surrogates([" " + document])
+        (encoding,) = self._plain.encode_batch([text], add_special_tokens=False)
+        return [(max(start - 1, 0), max(stop - 1, 0)) for start, stop in encoding.offsets]
 
     def _encode(self, text: str) -> TokenIds:
         (encoding,) = self._plain.encode_batch_fast([text], add_special_tokens=False)
@@ -211,6 +225,13 @@ def _without_added_tokens(tokenizer_json: str) -> Tokenizer:
 
 def _ids(encoding: object) -> TokenIds:
     return np.array(encoding.ids, np.int32)  # type: ignore[attr-defined]
+
+
+def _common_length(a: TokenIds, b: TokenIds) -> int:
+    """Return how many ids both begin with."""
+    shortest = min(len(a), len(b))
+    differ = np.flatnonzero(a[:shortest] != b[:shortest])
+    return int(differ[0]) if len(differ) else shortest
 
 
 def _chunks(items: Sequence[int]) -> Iterator[Sequence[int]]:

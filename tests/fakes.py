@@ -63,6 +63,7 @@ class FakeModel:
     max_positions: int = 40960
     max_batch_tokens: int = 2048
     max_attention_tokens: int | None = None
+    max_cached_tokens: int = 0
     backend: str = "documents"
     choices: dict[str, str] = field(default_factory=dict)
 
@@ -75,10 +76,27 @@ def loaded(monkeypatch: pytest.MonkeyPatch, model: FakeModel) -> Iterator[Engine
         backend=model.backend,
         max_batch_tokens=model.max_batch_tokens,
         max_attention_tokens=model.max_attention_tokens,
+        max_cached_tokens=model.max_cached_tokens,
     )
     monkeypatch.setattr(Runtime, "load", lambda self: (model, engine))
     yield engine
     engine.close()
+
+
+def leaking(query: Any, key: Any, value: Any, span: Any, outside: Any, scaling: float) -> Any:
+    """Attend so that documents see their neighbours: an attention backend that must be noticed."""
+    import torch
+
+    from qwen3_reranker.attention import _attend_tail, _tail_mask
+
+    row = slice(span.head.start, span.documents[-1].stop)
+    query, key, value = (tensor[:, :, row] for tensor in (query, key, value))
+    before = 0
+    if outside is not None:
+        before = outside[0].shape[2]
+        key, value = (torch.cat(both, dim=2) for both in zip(outside, (key, value), strict=True))
+    mask = _tail_mask(query, before, query.shape[2])
+    return _attend_tail(query, key, value, mask, scaling)
 
 
 def replace_load_model(monkeypatch: pytest.MonkeyPatch, load: Callable[..., Any]) -> None:

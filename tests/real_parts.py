@@ -60,21 +60,7 @@ def save_random_qwen3(
     import torch
     import transformers
 
-    settings = {
-        "vocab_size": 151669,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "max_position_embeddings": 40960,
-        "initializer_range": 0.15,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
-        "tie_word_embeddings": tied,
-        **shape,
-    }
-    config = getattr(transformers, f"{family}Config")(**settings)
+    config = random_config(family, tie_word_embeddings=tied, **shape)
     if architecture == "ForSequenceClassification":
         config.num_labels = 1
         config.pad_token_id = 151643
@@ -87,6 +73,27 @@ def save_random_qwen3(
     return folder
 
 
+def random_config(family: str = "Qwen3", **shape: Any) -> Any:
+    """Return the configuration of a tiny network, or of the given shape."""
+    import transformers
+
+    settings = {
+        "vocab_size": 151669,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 40960,
+        "initializer_range": 0.15,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+        "tie_word_embeddings": True,
+        **shape,
+    }
+    return getattr(transformers, f"{family}Config")(**settings)
+
+
 QWEN3_0_6B = {
     "hidden_size": 1024,
     "intermediate_size": 3072,
@@ -95,6 +102,15 @@ QWEN3_0_6B = {
     "head_dim": 128,
     "initializer_range": 0.03,
 }
+QWEN3_4B = {
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "initializer_range": 0.02,
+}
+QWEN3_8B = {**QWEN3_4B, "hidden_size": 4096, "intermediate_size": 12288}
 
 
 def shared_data() -> Path | None:

@@ -18,6 +18,7 @@ from qwen3_reranker.embedded import find_gguf
 from qwen3_reranker.loading import ADAPTER_RECORD, load_model
 from qwen3_reranker.prompt import TEMPLATES
 from tests import official
+from tests.fakes import leaking
 from tests.invariants import check_ranking
 
 DOCUMENTS = ["Paris is the capital of France.", "", "I like tea.", "北京是中国的首都。"]
@@ -125,13 +126,13 @@ def test_published_eval_template_scores_its_own_prompt(checkpoint: Callable[...,
     assert log_odds(folder) != pytest.approx(expected, abs=1e-3)
 
 
-def test_default_dtype_on_cpu_is_float32_without_native_bfloat16(
+def test_default_dtype_on_cpu_is_float32_unless_bfloat16_pays(
     checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = str(checkpoint(dtype="bfloat16"))
-    monkeypatch.setattr("qwen3_reranker.loading.cpu_has_bfloat16", lambda: False)
+    monkeypatch.setattr("qwen3_reranker.loading.bfloat16_pays", lambda: False)
     assert load_model(folder, device="cpu").network.decoder.dtype is torch.float32
-    monkeypatch.setattr("qwen3_reranker.loading.cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr("qwen3_reranker.loading.bfloat16_pays", lambda: True)
     assert load_model(folder, device="cpu").network.decoder.dtype is torch.bfloat16
 
 
@@ -270,17 +271,9 @@ def test_self_test_refuses_a_decoder_that_does_not_pack(
 ) -> None:
     from qwen3_reranker import attention
 
-    monkeypatch.setitem(attention.BACKENDS, "documents", _leaking)
+    monkeypatch.setitem(attention.BACKENDS, "documents", leaking)
     with pytest.raises(ModelLoadError, match="packed scores differ from plain ones"):
         load_model(str(smollm2), dtype=dtype)
-
-
-def _leaking(query: Any, key: Any, value: Any, span: Any, scaling: float) -> torch.Tensor:
-    """Let documents see their neighbours."""
-    from qwen3_reranker.attention import _causal
-
-    row = slice(span.head.start, span.documents[-1].stop)
-    return _causal(query[:, :, row], key[:, :, row], value[:, :, row], scaling)
 
 
 def test_max_length_beyond_the_model_is_refused(checkpoint: Callable[..., Path]) -> None:

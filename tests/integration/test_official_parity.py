@@ -16,6 +16,7 @@ from qwen3_reranker import Reranker
 from qwen3_reranker.loading import load_model
 from qwen3_reranker.packing import Pack
 from tests import real_parts, texts
+from tests.fakes import leaking
 from tests.invariants import check_ranking
 from tests.official import CHATML_SUFFIX, SUFFIX, Official
 
@@ -178,10 +179,6 @@ def test_negative_control_a_document_seeing_its_neighbour_is_seen(
             abs(result.log_odds - official.log_odds("water", result.document))
             for result in tiny.rank("water", documents)
         )
-
-    def leaking(query: Any, key: Any, value: Any, span: Any, scaling: float) -> torch.Tensor:
-        row = slice(span.head.start, span.documents[-1].stop)
-        return attention._causal(query[:, :, row], key[:, :, row], value[:, :, row], scaling)
 
     assert error() <= 5e-5
     monkeypatch.setitem(attention.BACKENDS, "documents", leaking)

@@ -18,6 +18,7 @@ TORCH_FILES = {
     "loading.py",
     "model.py",
     "pruning.py",
+    "varlen.py",
 }
 FIRST_PARTY = {"finetune", "langchain_qwen3_reranker", "llama_index", "tests", "benchmarks"}
 

@@ -93,6 +93,46 @@ def test_pack_lays_documents_behind_their_head(
         assert pack.last_tokens == ends
 
 
+@given(SHAPES, st.integers(20, 200), st.integers(0, 40), st.integers(0, 80))
+def test_what_stays_outside_depends_on_the_group_alone(
+    shape: list[tuple[int, list[int]]], budget: int, shared: int, cached: int
+) -> None:
+    all_groups = [
+        Group(ids(head), [ids(n) for n in lengths], num_shared=min(shared, head - 1))
+        for head, lengths in shape
+    ]
+    planned = plan_packs(all_groups, max_batch_tokens=budget, max_cached_tokens=cached)
+    seated = [(seat.group, d) for pack in planned for seat in pack for d in seat.documents]
+    assert sorted(seated) == [(g, d) for g, (_, ls) in enumerate(shape) for d in range(len(ls))]
+    for g, group in enumerate(all_groups):
+        found = {seat.num_cached for pack in planned for seat in pack if seat.group == g}
+        packs = sum(seat.group == g for pack in planned for seat in pack)
+        assert len(found) <= 1
+        assert found <= {0, group.num_shared, len(group.head)}
+        assert all(outside <= cached for outside in found)
+        if packs > 1 and len(group.head) <= cached:
+            assert found == {len(group.head)}
+    for seats in planned:
+        pack = build_pack(all_groups, seats, backend="documents")
+        for seat, span in zip(seats, pack.spans, strict=True):
+            head = all_groups[seat.group].head
+            outside = [] if span.outside is None else span.outside.tolist()
+            assert outside + pack.token_ids[span.head].tolist() == head.tolist()
+            assert pack.position_ids[span.head].tolist() == [*range(len(outside), len(head))]
+            for d, place in zip(seat.documents, span.documents, strict=True):
+                length = len(all_groups[seat.group].documents[d])
+                assert pack.position_ids[place].tolist() == [*range(len(head), len(head) + length)]
+
+
+def test_head_of_many_packs_is_computed_once() -> None:
+    group = Group(ids(300), [ids(60)] * 50, num_shared=60)
+    planned = plan_packs([group], max_batch_tokens=1000, max_cached_tokens=400)
+    assert {seat.num_cached for pack in planned for seat in pack} == {300}
+    assert len(planned) == 4, "3000 tokens of documents and no head"
+    (seat,) = plan_packs([group], max_batch_tokens=4000, max_cached_tokens=400)[0]
+    assert seat.num_cached == 60
+
+
 @given(st.lists(st.tuples(st.integers(0, 2), st.lists(st.integers(0, 3), max_size=6)), max_size=5))
 def test_merging_keeps_every_document_findable(shape: list[tuple[int, list[int]]]) -> None:
     encoded = [

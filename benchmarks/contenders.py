@@ -1,0 +1,172 @@
+"""Ways to get P("yes") of documents from text, as their users would set them up.
+
+Decides how each peer is called. Knows nothing of workloads or clocks. Every contender is handed a
+batch, that is (query, documents) pairs, and returns one number per document, in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+import transformers
+from sentence_transformers import CrossEncoder
+
+from qwen3_reranker import Reranker
+from qwen3_reranker.loading import DTYPES
+from tests.official import INSTRUCTION, PREFIX, SUFFIX, format_body
+
+from .workload import DisagreementError, count_tokens
+
+Batch: TypeAlias = Sequence[tuple[str, list[str]]]
+
+OURS = "qwen3-reranker"
+OFFICIAL = "official script"
+NAMES = (OFFICIAL, "official, last logits", "transformers, sorted", "sentence-transformers", OURS)
+OFFICIAL_BATCH = 8
+_MAX_LENGTH = 8192
+_SORTED_TOKENS = 2048
+# Greatest difference in P("yes") between any two contenders. In bfloat16 the official script
+# differs from itself by up to 0.05 when the batch changes, so only float32 shows a wrong prompt.
+TOLERANCES = {"float32": 1e-4, "bfloat16": 0.1}
+_LEAST_VARIATION = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A way to score a batch, and the tokens computed for it so far."""
+
+    name: str
+    score: Callable[[Batch], list[float]]
+    tokens: Callable[[], int]
+
+
+class OfficialScript:
+    """The script of the model card, with its pairs cut into batches.
+
+    The card sends all pairs at once; their full-vocabulary logits would not fit into memory.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype, device: str) -> None:
+        auto: Any = transformers
+        self.tokenizer = auto.AutoTokenizer.from_pretrained(folder, padding_side="left")
+        model = auto.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        self.model = model.to(device).eval()
+        self.prefix = self.tokenizer.encode(PREFIX, add_special_tokens=False)
+        self.suffix = self.tokenizer.encode(SUFFIX, add_special_tokens=False)
+        self.no_yes = self.tokenizer.convert_tokens_to_ids(["no", "yes"])
+
+    def score(self, batch: Batch, **forward: Any) -> list[float]:
+        """Return P("yes") of each document; `forward` goes to the model."""
+        ids = self._encode(batch)
+        starts = range(0, len(ids), OFFICIAL_BATCH)
+        return [p for i in starts for p in self._forward(ids[i : i + OFFICIAL_BATCH], **forward)]
+
+    def score_sorted(self, batch: Batch) -> list[float]:
+        """Return P("yes") of each document: longest first, as many as fit a budget, last logits.
+
+        What a careful user of the library writes.
+        """
+        ids = self._encode(batch)
+        scores = [0.0] * len(ids)
+        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+        while order:
+            count = max(1, _SORTED_TOKENS // len(ids[order[0]]))
+            chosen, order = order[:count], order[count:]
+            found = self._forward([ids[i] for i in chosen], logits_to_keep=1, use_cache=False)
+            for i, score in zip(chosen, found, strict=True):
+                scores[i] = score
+        return scores
+
+    def _encode(self, batch: Batch) -> list[list[int]]:
+        pairs = [format_body(INSTRUCTION, query, text) for query, texts in batch for text in texts]
+        room = _MAX_LENGTH - len(self.prefix) - len(self.suffix)
+        encoded = self.tokenizer(
+            pairs, truncation="longest_first", max_length=room, return_attention_mask=False
+        )
+        return [self.prefix + ids + self.suffix for ids in encoded["input_ids"]]
+
+    @torch.no_grad()
+    def _forward(self, ids: list[list[int]], **forward: Any) -> list[float]:
+        inputs = self.tokenizer.pad({"input_ids": ids}, padding=True, return_tensors="pt")
+        if len(ids) == 1:  # nothing is padded: without a mask attention is causal and fast
+            inputs.pop("attention_mask")
+        logits = self.model(**inputs.to(self.model.device), **forward).logits[:, -1, :]
+        scores: list[float] = logits[:, self.no_yes].log_softmax(dim=1)[:, 1].exp().tolist()
+        return scores
+
+
+def save_chat_template(folder: Path) -> None:
+    """Write the template by which sentence-transformers renders a pair: one message per role."""
+    message = (
+        '{{{{ messages | selectattr("role", "eq", "{}") | map(attribute="content") | first }}}}'
+    )
+    body = format_body(INSTRUCTION, message.format("query"), message.format("document"))
+    # Jinja drops one newline at the end.
+    (folder / "chat_template.jinja").write_text(PREFIX + body + SUFFIX + "\n", encoding="utf-8")
+
+
+def load(folder: Path, dtype: str, device: str, names: Sequence[str] = NAMES) -> list[Contender]:
+    """Load the contenders of these names; those of the official script share a model."""
+    contenders: list[Contender] = []
+    if set(names) & {OFFICIAL, "official, last logits", "transformers, sorted"}:
+        official = OfficialScript(folder, DTYPES[dtype], device)
+        tokens = count_tokens(official.model)
+        last = partial(official.score, logits_to_keep=1, use_cache=False)
+        contenders += [
+            Contender(OFFICIAL, official.score, tokens),
+            Contender("official, last logits", last, tokens),
+            Contender("transformers, sorted", official.score_sorted, tokens),
+        ]
+    if "sentence-transformers" in names:
+        save_chat_template(folder)
+        encoder = CrossEncoder(
+            str(folder), device=device, local_files_only=True,
+            model_kwargs={"dtype": DTYPES[dtype]},
+        )  # fmt: skip
+
+        def predict(batch: Batch) -> list[float]:
+            pairs = [(query, text) for query, texts in batch for text in texts]
+            scores: list[float] = encoder.predict(pairs).tolist()
+            return scores
+
+        contenders.append(Contender("sentence-transformers", predict, count_tokens(encoder.model)))
+    if OURS in names:
+        reranker = Reranker(str(folder), dtype=dtype, device=device)
+
+        def rank(batch: Batch) -> list[float]:
+            rankings = reranker.rank_many([query for query, _ in batch], [t for _, t in batch])
+            return [
+                result.score
+                for ranking in rankings
+                for result in sorted(ranking, key=lambda result: result.index)
+            ]
+
+        contenders.append(Contender(OURS, rank, lambda: reranker.usage.tokens))
+    return [contender for contender in contenders if contender.name in names]
+
+
+def check_agreement(contenders: Sequence[Contender], batch: Batch, tolerance: float) -> str:
+    """Score once with each, which also warms them up, and say how far they agree.
+
+    Raises:
+        DisagreementError: If they differ by more than `tolerance`, or scores hardly vary.
+    """
+    scores = np.array([contender.score(batch) for contender in contenders])
+    difference, variation = np.ptp(scores, axis=0).max(), np.ptp(scores[0])
+    if not difference <= tolerance:  # also when it is NaN
+        names = [contender.name for contender in contenders]
+        from_first = np.abs(scores - scores[0]).max(axis=1)
+        raise DisagreementError(
+            f"scores differ by up to {difference:.2g}, but only {tolerance} is allowed. Apart from "
+            f"the {names[0]}: "
+            + ", ".join(f"{n} {d:.2g}" for n, d in zip(names[1:], from_first[1:], strict=True))
+        )
+    if scores.shape[1] > 1 and variation < _LEAST_VARIATION:
+        raise DisagreementError(f"scores vary by {variation:.2g} only, so agreement shows nothing")
+    return f"scores agree within {difference:.1e} and vary by {variation:.2f}"

@@ -1,0 +1,129 @@
+"""A call on its way: from checked texts to ids, and from scores back to its documents.
+
+Decides what is encoded for a call and how its results are aligned with what the caller gave. Knows
+nothing of threads or models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .errors import InputError
+from .results import RankedDocument, cut_ranking, probability, rank_documents
+from .tokenization import EncodedGroup, PromptTokenizer
+from .windows import Piece, WindowScore, encode_windows, fold
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A checked call: one instruction and one list of documents per query."""
+
+    queries: list[str]
+    documents: list[list[str]]
+    instructions: list[str | None]
+
+    @property
+    def num_documents(self) -> int:
+        """Documents of all queries."""
+        return sum(map(len, self.documents))
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long a document may be, and what becomes of a longer one.
+
+    Attributes:
+        max_length: Tokens per pair, prompt included.
+        window_score: How the scores of a long document's windows become one; None cuts its end.
+        max_windows: Windows of one document; None for all.
+    """
+
+    max_length: int
+    window_score: WindowScore | None = None
+    max_windows: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedJob:
+    """Ids of a call.
+
+    Attributes:
+        groups: One per query.
+        pieces: Per query and document its windows in characters, None for a document read whole.
+        truncated: Per query and document, True if a part of it is not read.
+    """
+
+    groups: list[EncodedGroup]
+    pieces: list[list[list[Piece] | None]]
+    truncated: list[list[bool]]
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Results aligned with a job's documents."""
+
+    log_odds: list[list[float]]
+    truncated: list[list[bool]]
+    windows: list[list[Piece | None]]
+
+    @classmethod
+    def empty(cls, job: Job) -> Scored:
+        """Return the results of a job without documents."""
+        nothing: list[list[float]] = [[] for _ in job.queries]
+        return cls(nothing, [[] for _ in job.queries], [[] for _ in job.queries])
+
+    @property
+    def probabilities(self) -> list[float]:
+        """P("yes") of all documents in order."""
+        return [probability(value) for row in self.log_odds for value in row]
+
+
+def encode_job(job: Job, tokenizer: PromptTokenizer, limits: Limits) -> EncodedJob:
+    """Encode all queries of a call with their documents.
+
+    Raises:
+        InputError: If instruction and query leave no room for a document; it names the query.
+    """
+    encoded = EncodedJob([], [], [])
+    for i, query in enumerate(job.queries):
+        prompt = (job.instructions[i], query, job.documents[i])
+        try:
+            if limits.window_score is None:
+                group = tokenizer.encode_group(*prompt, max_length=limits.max_length)
+                pieces: list[list[Piece] | None] = [None] * len(group.documents)
+                truncated = group.truncated
+            else:
+                group, pieces, truncated = encode_windows(
+                    tokenizer,
+                    *prompt,
+                    max_length=limits.max_length,
+                    max_windows=limits.max_windows,
+                )
+        except InputError as error:
+            if len(job.queries) == 1:
+                raise
+            raise InputError(f"queries[{i}]: {error}") from error
+        encoded.groups.append(group)
+        encoded.pieces.append(pieces)
+        encoded.truncated.append(truncated)
+    return encoded
+
+
+def align(
+    encoded: EncodedJob, log_odds: Sequence[Sequence[float]], window_score: WindowScore | None
+) -> Scored:
+    """Return one score per document from the scores of what was encoded."""
+    rows = [
+        fold(row, pieces, window_score or "max")
+        for row, pieces in zip(log_odds, encoded.pieces, strict=True)
+    ]
+    return Scored([scores for scores, _ in rows], encoded.truncated, [best for _, best in rows])
+
+
+def rank_all(
+    job: Job, scored: Scored, top_n: int | None, score_threshold: float | None
+) -> list[list[RankedDocument]]:
+    """Return a ranking per query."""
+    rows = zip(job.documents, scored.log_odds, scored.truncated, scored.windows, strict=True)
+    return [cut_ranking(rank_documents(*row), top_n, score_threshold) for row in rows]
