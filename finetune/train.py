@@ -99,10 +99,12 @@ def train(
     output.mkdir(parents=True, exist_ok=True)
     _write_rejected(data, output)
     everything = Evaluation(trainee, data.lists, max_length, budget)
-    say("Ranking the evaluation sets with the base model.")
+    if data.lists:
+        say("Ranking the evaluation sets before training.")
     before = everything.score()
     history = _optimise(arguments, training, trainee, dataset, everything, data.guards, budget)
-    say("Ranking them with the trained model.")
+    if data.lists:
+        say("Ranking them with the trained model.")
     after = everything.score()
     save_adapter(output, trainee, base, arguments, training, data.files, history)
     _check_reloaded(output, base, trainee, everything, after)

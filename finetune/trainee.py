@@ -118,7 +118,7 @@ class Trainee:
         if not isinstance(self.full, PeftModel):
             return "this run trains every weight and has no adapter"
         theirs = checkpoint.read_json(folder / "adapter_config.json")
-        ours = self.full.peft_config["default"]
+        ours: Any = self.full.peft_config["default"]
         for name in ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora"):
             if theirs.get(name) != getattr(ours, name):
                 return f"its {name} is {theirs.get(name)}, this run's {getattr(ours, name)}"

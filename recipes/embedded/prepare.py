@@ -1,7 +1,8 @@
 """Training rows for the adapter of the embedded model, from public reranking sets.
 
-    python recipes/embedded/prepare.py DATA_FOLDER rows.jsonl
-    python -m finetune train --config recipes/embedded/train.yaml
+    python recipes/embedded/prepare.py DATA_FOLDER rows
+    python -m finetune train --config recipes/embedded/first.yaml
+    python -m finetune train --config recipes/embedded/second.yaml
 
 DATA_FOLDER holds general_en, med_en and code as `NAME.train.jsonl.xz`. From questions such as
 "What are the treatments for X?" rows are derived whose query is X alone and whose instruction says
@@ -79,7 +80,9 @@ def main(folder: Path, target: Path) -> None:
         rng.shuffle(rows)
     opening = [*medical[:100], *split[:100]]
     mixture = [*general[:420], *medical[100:350], *split[100:350], *searched * 2, *described[:580]]
-    second = [*general[420:1020], *medical[350:450], *split[350:450], *searched, *described[580:1280]]
+    second = [
+        *general[420:1020], *medical[350:450], *split[350:450], *searched, *described[580:1280]
+    ]  # fmt: skip
     for rows in (opening, mixture, second):
         rng.shuffle(rows)
     target.mkdir(exist_ok=True)

@@ -108,6 +108,35 @@ def test_train_leaves_an_adapter_that_the_core_serves(
     assert all("lora_" in name and ".layers." in name for name in weights)
 
 
+def test_train_goes_on_from_an_adapter(
+    train: Callable[..., tuple[int, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, output = train("--max_steps", "2")
+    earlier = output.rename(tmp_path / "earlier")
+    expected = load_file(earlier / "adapter_model.safetensors")
+    again = ["--adapter", str(earlier), "--max_steps", "1"]
+    status, output = train(*again, "--learning_rate", "0")
+    assert status == 0
+    weights = load_file(output / "adapter_model.safetensors")
+    assert weights.keys() == expected.keys()
+    assert all((weights[name] == expected[name]).all() for name in expected)
+    report = json.loads((output / "report.json").read_text())
+    before = json.loads((earlier / "report.json").read_text())
+    assert _ndcg(report, "mean_before") == pytest.approx(_ndcg(before, "mean_after"))
+    for flags, message in (
+        (["--lora_r", "4"], "its r is 16, this run's 4"),
+        (["--lora_target_modules", "q_proj"], "it adapts other modules"),
+        (["--use_peft", "false"], "this run trains every weight"),
+    ):
+        assert train(*again, *flags)[0] == 2
+        assert message in capsys.readouterr().err
+
+
+def _ndcg(report: dict[str, Any], key: str) -> float:
+    value: float = report["sets"][0]["metrics"]["nDCG@10"][key]
+    return value
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",

@@ -43,17 +43,22 @@ def test_embedded_recipe_splits_questions_and_its_config_is_read(tmp_path: Path)
         row = {"query": query, "positive": ["Gout\nRest."], "negative": ["a", "b"]}
         with lzma.open(tmp_path / f"{name}.train.jsonl.xz", "wt") as file:
             file.write(json.dumps({**row, "instruction": name}) + "\n")
-    target = tmp_path / "rows.jsonl"
+    target = tmp_path / "rows"
     subprocess.run(
         [sys.executable, str(folder / "prepare.py"), str(tmp_path), str(target)], check=True
     )
-    groups = read_training_file(str(target)).groups
+    groups = read_training_file(str(target / "first.jsonl")).groups
     derived = [group for group in groups if group.query == "Gout"]
     assert derived
     assert all("treat" in (group.instruction or "") for group in derived)
     assert {group.query for group in groups} == {*names.values(), "Gout"}
-    ours, base, _ = parse_training(training_parser(), ["--config", str(folder / "train.yaml")])
-    assert (ours.loss, base.name, base.peft.r) == ("hybrid", "embedded-base", 16)
+    first, second = (
+        parse_training(training_parser(), ["--config", str(folder / f"{name}.yaml")])
+        for name in ("first", "second")
+    )
+    for ours, base, _ in (first, second):
+        assert (ours.loss, base.name, base.peft.r) == ("hybrid", "embedded-base", 16)
+    assert second[0].adapter == first[2].output_dir
 
 
 SUPPORT = RECIPES[0].parent / "support"

@@ -113,13 +113,15 @@ def test_another_adapter_is_another_copy(
 def test_adapter_is_small_and_says_what_made_it() -> None:
     weights = ADAPTER / "adapter_model.safetensors"
     assert weights.stat().st_size < 12_000_000
-    run = json.loads((ADAPTER / "run.json").read_text())
-    recipe = yaml.safe_load(Path("recipes/embedded/train.yaml").read_text())
-    assert run["base"]["name"] == recipe["model_name_or_path"] == EMBEDDED_BASE
-    for name in ("loss", "num_negatives", "max_length"):
-        assert run["arguments"][name] == recipe[name]
-    for name in ("max_steps", "per_device_train_batch_size"):
-        assert run["training"][name] == recipe[name]
+    recipes = Path(__file__).parents[2] / "recipes" / "embedded"
+    for name in ("first", "second"):
+        run = json.loads((ADAPTER / f"{name}.json").read_text())
+        recipe = yaml.safe_load((recipes / f"{name}.yaml").read_text())
+        assert run["base"]["name"] == recipe["model_name_or_path"] == EMBEDDED_BASE
+        for setting in ("loss", "num_negatives", "max_length"):
+            assert run["arguments"][setting] == recipe[setting]
+        for setting in ("max_steps", "per_device_train_batch_size"):
+            assert run["training"][setting] == recipe[setting]
     with safe_open(weights, "np") as file:
         assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"BF16"}  # noqa: SIM118
 
