@@ -1,4 +1,4 @@
-"""CUDA against CPU on the same weights; also the place where GPU backends will be proven."""
+"""CUDA against CPU and against masked attention on the same weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from qwen3_reranker import Reranker
-from tests import texts
+from qwen3_reranker.attention import check_varlen
+from tests import real_parts, texts
 from tests.invariants import check_ranking
 
 pytestmark = [
@@ -29,3 +30,34 @@ def test_cuda_scores_equal_cpu_scores(
         results = reranker.rank("water", documents)
     check_ranking(results, documents)
     assert max(abs(result.log_odds - cpu[result.index]) for result in results) <= bound
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sizes", [(16, 8, 128), (32, 8, 128), (4, 2, 32)])
+def test_varlen_equals_masked_attention(dtype: torch.dtype, sizes: tuple[int, int, int]) -> None:
+    assert check_varlen(torch.device("cuda"), dtype, sizes) == ""
+
+
+def test_half_precision_runs_without_padding(checkpoint: Callable[..., Path]) -> None:
+    documents = [document for _, document in texts.ordinary_pairs(50)]
+    with Reranker(str(checkpoint()), device="cuda", dtype="bfloat16") as reranker:
+        assert reranker.loaded.backend == "varlen", reranker.loaded.choices["attention"]
+        together = {r.index: r.log_odds for r in reranker.rank("water", documents)}
+        alone = [reranker.rank("water", [document])[0].log_odds for document in documents]
+    differences = [abs(together[i] - value) for i, value in enumerate(alone)]
+    print(f"bfloat16, alone against in company: at most {max(differences):.2g} in log-odds")
+    assert max(differences) <= 0.25
+
+
+def test_long_query_is_not_copied_for_each_document(tmp_path: Path) -> None:
+    shape = {**real_parts.QWEN3_0_6B, "num_hidden_layers": 2}
+    folder = real_parts.save_random_qwen3(tmp_path, dtype="bfloat16", **shape)
+    with Reranker(str(folder), device="cuda", dtype="bfloat16") as reranker:
+        reranker.score("warm up", ["tea"])
+        torch.cuda.reset_peak_memory_stats()
+        loaded = torch.cuda.memory_allocated()
+        scores = reranker.score("water " * 4000, [f"tea and milk {i} " * 15 for i in range(500)])
+        peak = (torch.cuda.max_memory_allocated() - loaded) / 2**30
+    print(f"4,000 tokens before 500 documents: {peak:.2f} GiB above the weights")
+    assert len(scores) == 500
+    assert peak < 8, "copied, keys and values alone would take 8 GiB"
