@@ -20,7 +20,7 @@ import torch
 
 from qwen3_reranker import attention
 from qwen3_reranker.loading import load_model
-from qwen3_reranker.packing import Group, Pack, Seat, build_pack, plan_packs
+from qwen3_reranker.packing import Budget, Group, Pack, Seat, build_pack, plan_packs
 from tests.real_parts import QWEN3_0_6B, save_random_qwen3
 
 BUDGETS = (512, 1024, 2048, 4096, 8192)
@@ -54,7 +54,7 @@ def measure_budgets(rounds: int, num_documents: int) -> None:
     packs: dict[str, list[Pack]] = {
         str(budget): [
             build_pack(groups, seats, backend="documents")
-            for seats in plan_packs(groups, max_batch_tokens=budget)
+            for seats in plan_packs(groups, Budget(budget))
         ]
         for budget in BUDGETS
     }

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .errors import (
         ClosedError,
         DataError,
+        DocumentTooLargeError,
         InputError,
         MissingExtraError,
         ModelLoadError,
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
         OverloadedError,
         Qwen3RerankerError,
         RankingError,
+        ReentryError,
+        TimedOutError,
     )
     from .prompt import TEMPLATES, PromptTemplate
     from .reranker import Reranker
@@ -30,6 +33,7 @@ __version__ = "0.1.0"
 _HOME = {
     "ClosedError": "errors",
     "DataError": "errors",
+    "DocumentTooLargeError": "errors",
     "InputError": "errors",
     "MissingExtraError": "errors",
     "ModelLoadError": "errors",
@@ -39,9 +43,11 @@ _HOME = {
     "Qwen3RerankerError": "errors",
     "RankedDocument": "results",
     "RankingError": "errors",
+    "ReentryError": "errors",
     "Reranker": "reranker",
     "Scorer": "results",
     "TEMPLATES": "prompt",
+    "TimedOutError": "errors",
     "Usage": "results",
 }
 
@@ -49,6 +55,7 @@ __all__ = [
     "TEMPLATES",
     "ClosedError",
     "DataError",
+    "DocumentTooLargeError",
     "InputError",
     "MissingExtraError",
     "ModelLoadError",
@@ -58,8 +65,10 @@ __all__ = [
     "Qwen3RerankerError",
     "RankedDocument",
     "RankingError",
+    "ReentryError",
     "Reranker",
     "Scorer",
+    "TimedOutError",
     "Usage",
     "__version__",
 ]

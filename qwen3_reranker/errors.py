@@ -7,7 +7,10 @@
     ├── ModelLoadError (RuntimeError)      a checkpoint, tokenizer or adapter cannot be used
     ├── NonFiniteScoreError (RuntimeError) the model returned NaN or infinity
     ├── RankingError (RuntimeError)        an object in a Reranker's place returned no ranking
+    ├── DocumentTooLargeError (RuntimeError) a document does not fit into memory even alone
     ├── OverloadedError (RuntimeError)     the queue of waiting calls is full; nothing was started
+    ├── TimedOutError (TimeoutError)       a call took longer than its timeout; its work was dropped
+    ├── ReentryError (RuntimeError)        a callback of the scoring thread called the reranker
     └── ClosedError (RuntimeError)         the reranker was closed before the call was scored
 
 Messages say what is wrong, what was got, why it cannot work where that is not plain, and what to
@@ -43,6 +46,18 @@ class NonFiniteScoreError(Qwen3RerankerError, RuntimeError):
 
 class RankingError(Qwen3RerankerError, RuntimeError):
     """An object in the place of a `Reranker` lost, repeated or invented documents."""
+
+
+class DocumentTooLargeError(Qwen3RerankerError, RuntimeError):
+    """A document does not fit into memory even alone; the message has its index."""
+
+
+class TimedOutError(Qwen3RerankerError, TimeoutError):
+    """A call took longer than its timeout; what was left of its work was dropped."""
+
+
+class ReentryError(Qwen3RerankerError, RuntimeError):
+    """A callback of the scoring thread called the reranker, which would wait for itself."""
 
 
 class OverloadedError(Qwen3RerankerError, RuntimeError):

@@ -188,6 +188,34 @@ def positive_int(name: str, value: Any) -> int:
     return int(value)
 
 
+def flag(name: str, value: Any) -> bool:
+    """Return a switch.
+
+    Raises:
+        InputError: If it is neither True nor False.
+    """
+    if not isinstance(value, bool):
+        raise InputError(f"{name} must be True or False, got {value!r}. Leave it out for False.")
+    return value
+
+
+def timeout(value: Any) -> float | None:
+    """Return seconds, or None for no limit.
+
+    Raises:
+        InputError: If it is not a positive number.
+    """
+    if value is None:
+        return None
+    is_number = isinstance(value, (int, float, np.floating)) and not isinstance(value, bool)
+    if not is_number or not value > 0:  # also NaN
+        raise InputError(
+            f"timeout_s must be a number of seconds above 0 or None, got {value!r}. Use None to "
+            "wait as long as it takes."
+        )
+    return float(value)
+
+
 def window_score(value: Any) -> Any:
     """Return how the scores of a long document's windows become one.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from time import monotonic
 
 from .errors import InputError
 from .results import RankedDocument, cut_ranking, probability, rank_documents
@@ -17,16 +18,28 @@ from .windows import Piece, WindowScore, encode_windows, fold
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A checked call: one instruction and one list of documents per query."""
+    """A checked call: one instruction and one list of documents per query.
+
+    Attributes:
+        queries: The queries.
+        documents: Documents of each.
+        instructions: Task sentence of each; None is the template's own.
+        deadline: When the call gives up, on the monotonic clock; None for never.
+    """
 
     queries: list[str]
     documents: list[list[str]]
     instructions: list[str | None]
+    deadline: float | None = None
 
     @property
     def num_documents(self) -> int:
         """Documents of all queries."""
         return sum(map(len, self.documents))
+
+    def seconds_left(self) -> float | None:
+        """Return how long the call may still take, None for as long as it takes."""
+        return None if self.deadline is None else max(self.deadline - monotonic(), 0.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ from .checkpoint import (
 )
 from .errors import ModelLoadError
 from .model import YesNoCrossEncoder
-from .packing import build_pack, merge_duplicates, plan_packs
+from .packing import Budget, build_pack, merge_duplicates, plan_packs
 from .prompt import TEMPLATES, PromptTemplate
 from .tokenization import PromptTokenizer
 
@@ -57,9 +57,7 @@ class LoadedModel:
         network: The scoring network.
         tokenizer: Encodes prompts of the template the checkpoint was trained with.
         max_positions: Longest prompt the checkpoint knows, in tokens.
-        max_batch_tokens: Linear tokens per pack.
-        max_attention_tokens: Attention tokens per pack, None where nothing is gathered.
-        max_cached_tokens: Tokens of heads' beginnings that are kept.
+        budget: What a pack may hold.
         backend: Attention backend.
         choices: Setting -> its value and the reason, for `doctor`.
     """
@@ -67,9 +65,7 @@ class LoadedModel:
     network: YesNoCrossEncoder
     tokenizer: PromptTokenizer
     max_positions: int
-    max_batch_tokens: int
-    max_attention_tokens: int | None
-    max_cached_tokens: int
+    budget: Budget
     backend: str
     choices: dict[str, str]
 
@@ -83,6 +79,7 @@ def load_model(
     adapter: str | None = None,
     revision: str | None = None,
     max_batch_tokens: int | None = None,
+    exact: bool = False,
 ) -> LoadedModel:
     """Load a causal or one-label sequence-classification checkpoint for scoring.
 
@@ -94,6 +91,7 @@ def load_model(
         adapter: Folder or Hub name of LoRA weights, merged in float32.
         revision: Revision of a Hub model.
         max_batch_tokens: Token budget of a pack, or None to take it from device and memory.
+        exact: Whether every document travels alone.
 
     Raises:
         ModelLoadError: If anything about the checkpoint is missing, unsupported or inconsistent.
@@ -136,9 +134,12 @@ def load_model(
         network=network,
         tokenizer=tokenizer,
         max_positions=config.max_position_embeddings,
-        max_batch_tokens=max_batch_tokens,
-        max_attention_tokens=attention_budget(backend, max_batch_tokens),
-        max_cached_tokens=max_cached_tokens,
+        budget=Budget(
+            max_batch_tokens,
+            attention_budget(backend, max_batch_tokens),
+            0 if exact else max_cached_tokens,
+            1 if exact else None,
+        ),
         backend=backend,
         choices={
             "architecture": f"{config.architectures[0]} ({config.num_hidden_layers} layers, "
@@ -149,7 +150,7 @@ def load_model(
             "last layer": "pruned to each document's last token" if network.prunes else "whole",
             "template": f"{tokenizer.template.id} ({tokenizer.template.hash[:12]})",
             "token budget": f"{max_batch_tokens} per pack",
-            "head cache": f"{max_cached_tokens} tokens",
+            "head cache": "off, exact" if exact else f"{max_cached_tokens} tokens",
             "longest prompt": f"{config.max_position_embeddings} tokens",
         },
     )
@@ -313,7 +314,7 @@ def self_test(
         for query, documents in (("a b", ["", "one two three", "word " * 600]), ("c", ["x", "y z"]))
     ]
     merged, _ = merge_duplicates(groups)
-    (seats,) = plan_packs(merged, max_batch_tokens=10_000)
+    (seats,) = plan_packs(merged, Budget(10_000))
     layouts = [
         [replace(seat, num_cached=num_cached(merged[seat.group])) for seat in seats]
         for num_cached in (

@@ -5,6 +5,9 @@ Decides how a pack becomes log-odds. Knows nothing of files, text or callers.
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -83,8 +86,39 @@ class YesNoCrossEncoder(torch.nn.Module):
 
     @torch.inference_mode()
     def score(self, pack: Pack) -> NDArray[np.float32]:
-        """Return `forward(pack)` as an array, without gradients, from any thread."""
-        scores: NDArray[np.float32] = self.forward(pack).cpu().numpy()
+        """Return `forward(pack)` as an array, without gradients, from any thread.
+
+        Raises:
+            MemoryError: If the device has too little; nothing of the try is left on it.
+        """
+        try:
+            scores: NDArray[np.float32] = self.forward(pack).cpu().numpy()
+            return scores
+        except torch.OutOfMemoryError:
+            pass  # within the clause the traceback would keep the tensors
+        except RuntimeError as error:
+            if "can't allocate memory" not in str(error):  # how torch's CPU allocator says it
+                raise
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        raise MemoryError(f"a pack of {len(pack.token_ids)} tokens does not fit on {self.device}")
+
+    @torch.inference_mode()
+    def rescore(self, pack: Pack) -> NDArray[np.float32]:
+        """Return what `score` would return in float32, a layer's weights cast at a time.
+
+        For documents whose half-precision score overflowed. Slow, and costs the memory of one
+        layer. Whole heads must be in the row: what is kept of them is in the decoder's dtype.
+        """
+        decoder = SimpleNamespace(
+            embed_tokens=lambda ids: self.decoder.embed_tokens(ids).float(),
+            rotary_emb=self.decoder.rotary_emb,
+            layers=(copy.deepcopy(layer).float() for layer in self.decoder.layers),
+            norm=self.decoder.norm,
+        )
+        if pack.backend == "varlen":  # half precision only
+            pack = replace(pack, backend="padded")
+        scores: NDArray[np.float32] = type(self)(decoder, self.head).forward(pack).cpu().numpy()
         return scores
 
     def _project(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -119,14 +119,56 @@ def merge_duplicates(
     return merged, places
 
 
-def plan_packs(
-    groups: Sequence[Group],
-    *,
-    max_batch_tokens: int,
-    max_attention_tokens: int | None = None,
-    max_cached_tokens: int = 0,
-) -> list[list[Seat]]:
-    """Seat every document in a pack within two budgets.
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a pack may hold.
+
+    Attributes:
+        max_batch_tokens: Limit of P + sum(L) over a pack, what the linear layers see.
+        max_attention_tokens: Limit of sum(P + L) over a pack's documents, L being the longest of
+            its group there, for backends that copy the head beside each document and pad; None
+            if the backend does neither.
+        max_cached_tokens: Longest beginning of a head that may stay outside.
+        max_documents: Documents per pack; None sets no limit, 1 makes scores independent of
+            company to the last bit.
+    """
+
+    max_batch_tokens: int
+    max_attention_tokens: int | None = None
+    max_cached_tokens: int = 0
+    max_documents: int | None = None
+
+
+@dataclass(slots=True)
+class Room:
+    """What a pack that is being filled holds already."""
+
+    budget: Budget
+    linear: int = 0
+    attention: int = 0
+    documents: int = 0
+
+    def fits(self, linear: int, attention: int, documents: int, head: int) -> bool:
+        """Say whether this much more fits; `head` is what each pack of the group computes."""
+        budget = self.budget
+        return (
+            self.linear + linear <= max(budget.max_batch_tokens, 2 * head)
+            and (
+                budget.max_attention_tokens is None
+                or self.attention + attention <= budget.max_attention_tokens
+            )
+            and (budget.max_documents is None or self.documents + documents <= budget.max_documents)
+        )
+
+    def add(self, linear: int, attention: int) -> None:
+        """Count a document in."""
+        self.linear += linear
+        self.attention += attention
+        self.documents += 1
+
+
+class Line:
+    """Documents that wait for seats, in the order they get them.
 
     Longest documents of a group go first: running out of memory happens at once, not after an
     hour, and a padded backend finds neighbours of similar length. A group that fits one pack is
@@ -134,65 +176,93 @@ def plan_packs(
     many document tokens as its head has: a long query with short documents costs at most twice
     its documents, and a pack at most twice the head. A pair above the budget travels alone.
 
-    What stays outside the row depends on the groups alone, never on what is cached already: the
-    whole head of a group that needs several packs, else what other queries share.
+    What stays outside the row depends on the group and the budget alone, never on what is cached
+    already: the whole head of a group that needs several packs, else what other queries share.
 
     Args:
         groups: Heads and distinct documents.
-        max_batch_tokens: Limit of P + sum(L) over a pack, what the linear layers see.
-        max_attention_tokens: Limit of sum(P + L) over a pack's documents, L being the longest of
-            its group there, for backends that copy the head beside each document and pad; None
-            if the backend does neither.
-        max_cached_tokens: Longest beginning of a head that may stay outside.
+    """
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self._groups = groups
+        self._group = 0
+        self._order: list[int] | None = None  # of the present group; None before it is begun
+        self._cached = 0
+        self._pass_over_empty()
+
+    def __bool__(self) -> bool:
+        """Say whether documents are left."""
+        return self._group < len(self._groups)
+
+    def fill(self, room: Room) -> list[Seat]:
+        """Seat the next documents, as many as fit; at least one in an empty room."""
+        seats: list[Seat] = []
+        while self:
+            if self._order is None and not self._begin_group(room):
+                break
+            taken = self._take(room)
+            if taken:
+                seats.append(Seat(self._group, tuple(taken), self._cached))
+            if self._order:
+                break
+            self._order = None
+            self._group += 1
+            self._pass_over_empty()
+        return seats
+
+    def _begin_group(self, room: Room) -> bool:
+        """Decide how the next group travels, unless it had better wait for a room of its own."""
+        group, budget = self._groups[self._group], room.budget
+        lengths = [len(document) for document in group.documents]
+        cached = group.num_shared if group.num_shared <= budget.max_cached_tokens else 0
+        head = len(group.head) - cached
+        whole = (
+            head + sum(lengths), len(lengths) * (len(group.head) + max(lengths)), len(lengths), head
+        )  # fmt: skip
+        if not room.fits(*whole):
+            if room.documents:
+                return False
+            if len(lengths) > 1 and len(group.head) <= budget.max_cached_tokens:
+                cached = len(group.head)
+        self._cached = cached
+        self._order = sorted(range(len(lengths)), key=lambda d: -lengths[d])
+        return True
+
+    def _take(self, room: Room) -> list[int]:
+        group = self._groups[self._group]
+        head = len(group.head) - self._cached  # what each of its packs computes
+        taken: list[int] = []
+        while self._order:
+            length = len(group.documents[self._order[0]])
+            linear = length if taken else head + length
+            # As wide as the seat's first and longest, because a padded backend fills up to it.
+            width = len(group.head) + (len(group.documents[taken[0]]) if taken else length)
+            if not room.fits(linear, width, 1, head) and room.documents:
+                break
+            taken.append(self._order.pop(0))
+            room.add(linear, width)
+        return taken
+
+    def _pass_over_empty(self) -> None:
+        while self and not self._groups[self._group].documents:
+            self._group += 1
+
+
+def plan_packs(groups: Sequence[Group], budget: Budget) -> list[list[Seat]]:
+    """Seat every document of a request in packs of its own.
 
     Returns:
         Packs of seats; every document has exactly one seat.
 
     Example:
         >>> ids = lambda length: np.zeros(length, np.int32)
-        >>> packs = plan_packs([Group(ids(4), [ids(3), ids(9), ids(2)])], max_batch_tokens=14)
+        >>> packs = plan_packs([Group(ids(4), [ids(3), ids(9), ids(2)])], Budget(14))
         >>> [[seat.documents for seat in pack] for pack in packs]
         [[(1,)], [(0, 2)]]
     """
-    packs: list[list[Seat]] = []
-    pack: list[Seat] = []
-    linear = attention = 0
-
-    def fits(num_linear: int, num_attention: int, head: int) -> bool:
-        return linear + num_linear <= max(max_batch_tokens, 2 * head) and (
-            max_attention_tokens is None or attention + num_attention <= max_attention_tokens
-        )
-
-    for g, group in enumerate(groups):
-        lengths = [len(document) for document in group.documents]
-        widest = len(group.head) + max(lengths, default=0)
-        cached = group.num_shared if group.num_shared <= max_cached_tokens else 0
-        head = len(group.head) - cached  # what each of its packs computes
-        if not fits(head + sum(lengths), len(lengths) * widest, head):
-            if pack:
-                packs.append(pack)
-                pack, linear, attention = [], 0, 0
-            needs_many = not fits(head + sum(lengths), len(lengths) * widest, head)
-            if needs_many and len(lengths) > 1 and len(group.head) <= max_cached_tokens:
-                cached, head = len(group.head), 0
-        seated: list[int] = []
-        for d in sorted(range(len(lengths)), key=lambda d: -lengths[d]):
-            extra = lengths[d] if seated else head + lengths[d]
-            # As wide as the seat's first and longest, because a padded backend fills up to it.
-            width = len(group.head) + lengths[seated[0] if seated else d]
-            if not fits(extra, width, head) and (pack or seated):
-                if seated:
-                    pack.append(Seat(g, tuple(seated), cached))
-                packs.append(pack)
-                pack, seated, linear, attention = [], [], 0, 0
-                extra, width = head + lengths[d], len(group.head) + lengths[d]
-            seated.append(d)
-            linear += extra
-            attention += width
-        if seated:
-            pack.append(Seat(g, tuple(seated), cached))
-    if pack:
-        packs.append(pack)
+    line, packs = Line(groups), []
+    while line:
+        packs.append(line.fill(Room(budget)))
     return packs
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,8 +20,8 @@ from tqdm import tqdm
 
 from . import inputs
 from .embedded import EMBEDDED
-from .engine import Engine, Scores, ScoresFuture
-from .errors import ClosedError, InputError
+from .engine import Engine, PackRecord, Scores, ScoresFuture
+from .errors import ClosedError, InputError, TimedOutError
 from .jobs import EncodedJob, Job, Limits, Scored, align, encode_job, rank_all
 from .prompt import PromptTemplate
 from .results import RankedDocument, Usage
@@ -62,6 +63,8 @@ class Reranker:
         max_batch_tokens: Token budget of one forward; None chooses by device and memory.
         max_cached_scores: Scores kept in memory for prompts that come again, about 200 bytes each,
             without their texts. 0 keeps none.
+        exact: Score every document alone, so that its score is the same to the last bit whatever
+            else is scored; otherwise it is so to rounding. Costs most for short documents.
 
     Raises:
         InputError: If an argument has the wrong type or value.
@@ -88,6 +91,7 @@ class Reranker:
         max_windows: int | None = None,
         max_batch_tokens: int | None = None,
         max_cached_scores: int = 0,
+        exact: bool = False,
     ) -> None:
         self._model = inputs.path("model", model)
         self._instruction = inputs.instruction(instruction)
@@ -111,6 +115,7 @@ class Reranker:
             revision=inputs.name_or_none("revision", revision),
             max_batch_tokens=max_batch_tokens,
             max_cached_scores=max_cached_scores,
+            exact=inputs.flag("exact", exact),
         )
 
     @classmethod
@@ -166,6 +171,7 @@ class Reranker:
         instruction: str | None = None,
         top_n: int | None = None,
         score_threshold: float | None = None,
+        timeout_s: float | None = None,
     ) -> list[RankedDocument]:
         """Return the documents, most relevant first; equal scores keep the caller's order.
 
@@ -175,15 +181,18 @@ class Reranker:
             instruction: Task sentence of this call.
             top_n: Keep this many; None keeps all.
             score_threshold: Keep only documents with at least this P("yes").
+            timeout_s: Seconds after which the call gives up; work not yet begun is dropped.
 
         Raises:
             InputError: If an argument cannot be used; nothing has been scored then.
             ModelLoadError: If the model cannot be loaded.
             NonFiniteScoreError: If the model returned NaN or infinity.
+            DocumentTooLargeError: If a document does not fit into memory even alone.
             OverloadedError: If too many calls wait already.
+            TimedOutError: If the call takes longer than `timeout_s`.
             ClosedError: If the reranker is closed before the call is scored.
         """
-        job = self._job([query], [documents], inputs.instruction(instruction))
+        job = self._job([query], [documents], inputs.instruction(instruction), timeout_s)
         inputs.cut(top_n, score_threshold)
         (ranked,) = rank_all(job, self._score(job), top_n, score_threshold)
         return ranked
@@ -196,13 +205,14 @@ class Reranker:
         instruction: str | None = None,
         top_n: int | None = None,
         score_threshold: float | None = None,
+        timeout_s: float | None = None,
     ) -> list[RankedDocument]:
         """Return what `rank` returns without blocking the event loop.
 
         Raises:
             Qwen3RerankerError: As `rank`.
         """
-        job = self._job([query], [documents], inputs.instruction(instruction))
+        job = self._job([query], [documents], inputs.instruction(instruction), timeout_s)
         inputs.cut(top_n, score_threshold)
         (ranked,) = rank_all(job, await self._ascore(job), top_n, score_threshold)
         return ranked
@@ -215,6 +225,7 @@ class Reranker:
         instruction: str | Sequence[str | None] | None = None,
         top_n: int | None = None,
         score_threshold: float | None = None,
+        timeout_s: float | None = None,
     ) -> list[list[RankedDocument]]:
         """Rank one list of documents per query, several queries to a forward.
 
@@ -224,6 +235,7 @@ class Reranker:
             instruction: One task sentence for all, or one per query.
             top_n: As in `rank`, for each query.
             score_threshold: As in `rank`.
+            timeout_s: As in `rank`, for the whole call.
 
         Returns:
             One ranked list per query, in the order of the queries.
@@ -231,34 +243,48 @@ class Reranker:
         Raises:
             Qwen3RerankerError: As `rank`.
         """
-        job = self._job(queries, documents, instruction)
+        job = self._job(queries, documents, instruction, timeout_s)
         inputs.cut(top_n, score_threshold)
         return rank_all(job, self._score(job), top_n, score_threshold)
 
     def score(
-        self, query: str, documents: Sequence[str], *, instruction: str | None = None
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        instruction: str | None = None,
+        timeout_s: float | None = None,
     ) -> list[float]:
         """Return P("yes") of each document, aligned with the input.
 
         Raises:
             Qwen3RerankerError: As `rank`.
         """
-        job = self._job([query], [documents], inputs.instruction(instruction))
+        job = self._job([query], [documents], inputs.instruction(instruction), timeout_s)
         return self._score(job).probabilities
 
     async def ascore(
-        self, query: str, documents: Sequence[str], *, instruction: str | None = None
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        instruction: str | None = None,
+        timeout_s: float | None = None,
     ) -> list[float]:
         """Return what `score` returns without blocking the event loop.
 
         Raises:
             Qwen3RerankerError: As `rank`.
         """
-        job = self._job([query], [documents], inputs.instruction(instruction))
+        job = self._job([query], [documents], inputs.instruction(instruction), timeout_s)
         return (await self._ascore(job)).probabilities
 
     def score_pairs(
-        self, pairs: Sequence[tuple[str, str]], *, instruction: str | None = None
+        self,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        instruction: str | None = None,
+        timeout_s: float | None = None,
     ) -> list[float]:
         """Return P("yes") of each (query, document), aligned; equal queries share their head.
 
@@ -270,6 +296,7 @@ class Reranker:
             [query for query, _ in checked],
             [[document] for _, document in checked],
             inputs.instruction(instruction),
+            timeout_s,
         )
         return self._score(job).probabilities
 
@@ -277,6 +304,14 @@ class Reranker:
     def usage(self) -> Usage:
         """What this object has scored so far."""
         return self._usage
+
+    def observe(self, observer: Callable[[PackRecord], object]) -> None:
+        """Call this with a `PackRecord` after every forward of the weights, for metrics.
+
+        It runs in the thread that scores, so it must be quick and must not call the reranker.
+        Rerankers that share weights share their observers. Loads the model if need be.
+        """
+        self._open_runtime().load()[1].observe(observer)
 
     @property
     def loaded(self) -> LoadedModel:
@@ -331,29 +366,31 @@ class Reranker:
             raise ClosedError("this reranker is closed. Make a new one.")
         return self._runtime
 
-    def _job(self, queries: Any, documents: Any, instruction: Any) -> Job:
+    def _job(self, queries: Any, documents: Any, instruction: Any, timeout_s: Any) -> Job:
         """Check everything a caller gave, before any work."""
         self._open_runtime()
+        seconds = inputs.timeout(timeout_s)
+        deadline = None if seconds is None else monotonic() + seconds
         queries, documents = inputs.lists(queries, documents)
         default = self._instruction
         instructions = [
             default if given is None else given
             for given in inputs.instructions(instruction, len(queries))
         ]
-        return Job(queries, documents, instructions)
+        return Job(queries, documents, instructions, deadline)
 
     def _score(self, job: Job) -> Scored:
         if not job.num_documents:
             return Scored.empty(job)
         encoded, engine = self._encode(job)
         if not _is_watched():
-            return self._count(job, encoded, _wait(engine.submit(encoded.groups)))
+            return self._count(job, encoded, _wait(engine.submit(encoded.groups), job))
         with tqdm(
             total=job.num_documents, unit=" documents", desc="Reranking",
             delay=_PROGRESS_AFTER_S, leave=False,
         ) as bar:  # fmt: skip
             future = engine.submit(encoded.groups, progress=bar.update)
-            return self._count(job, encoded, _wait(future))
+            return self._count(job, encoded, _wait(future, job))
 
     async def _ascore(self, job: Job) -> Scored:
         if not job.num_documents:
@@ -362,9 +399,10 @@ class Reranker:
         encoded, engine = await asyncio.to_thread(self._encode, job)
         future = engine.submit(encoded.groups)
         try:
-            scores = await asyncio.wrap_future(future)
-        except asyncio.CancelledError:
+            scores = await asyncio.wait_for(asyncio.wrap_future(future), job.seconds_left())
+        except BaseException as error:
             future.abandon()
+            _raise_if_late(error, job)
             raise
         return self._count(job, encoded, scores)
 
@@ -391,12 +429,22 @@ class Reranker:
         return align(encoded, rows, self._limits.window_score)
 
 
-def _wait(future: ScoresFuture) -> Scores:
+def _wait(future: ScoresFuture, job: Job) -> Scores:
     try:
-        return future.result()
-    except BaseException:  # KeyboardInterrupt, too, must not leave work behind
+        return future.result(job.seconds_left())
+    except BaseException as error:  # KeyboardInterrupt, too, must not leave work behind
         future.abandon()
+        _raise_if_late(error, job)
         raise
+
+
+def _raise_if_late(error: BaseException, job: Job) -> None:
+    """Tell a call that took too long by a name of our own."""
+    if type(error) is TimeoutError and job.seconds_left() == 0:
+        raise TimedOutError(
+            f"the {job.num_documents} documents were not scored within timeout_s; what was left "
+            "was dropped. Allow more time, or send fewer."
+        ) from error
 
 
 def _is_watched() -> bool:

@@ -54,9 +54,8 @@ class Runtime:
                 engine = Engine(
                     loaded.network.score,
                     backend=loaded.backend,
-                    max_batch_tokens=loaded.max_batch_tokens,
-                    max_attention_tokens=loaded.max_attention_tokens,
-                    max_cached_tokens=loaded.max_cached_tokens,
+                    budget=loaded.budget,
+                    rescore=loaded.network.rescore,
                     max_cached_scores=max_cached_scores,
                 )
                 # Runs when the last user is gone, or at interpreter exit. The engine must not

@@ -18,7 +18,7 @@ import pytest
 from numpy.typing import NDArray
 
 from qwen3_reranker.engine import Engine
-from qwen3_reranker.packing import Pack
+from qwen3_reranker.packing import Budget, Pack
 from qwen3_reranker.runtime import Runtime
 from qwen3_reranker.tokenization import PromptTokenizer
 from tests import real_parts
@@ -61,9 +61,7 @@ class FakeModel:
     network: Any = field(default_factory=FakeNetwork)
     tokenizer: PromptTokenizer = field(default_factory=qwen3_tokenizer)
     max_positions: int = 40960
-    max_batch_tokens: int = 2048
-    max_attention_tokens: int | None = None
-    max_cached_tokens: int = 0
+    budget: Budget = field(default_factory=lambda: Budget(2048))
     backend: str = "documents"
     choices: dict[str, str] = field(default_factory=dict)
 
@@ -74,9 +72,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch, model: FakeModel) -> Iterator[Engine
     engine = Engine(
         model.network.score,
         backend=model.backend,
-        max_batch_tokens=model.max_batch_tokens,
-        max_attention_tokens=model.max_attention_tokens,
-        max_cached_tokens=model.max_cached_tokens,
+        budget=model.budget,
     )
     monkeypatch.setattr(Runtime, "load", lambda self: (model, engine))
     yield engine

@@ -12,7 +12,7 @@ import torch
 
 from qwen3_reranker import Reranker
 from qwen3_reranker.loading import load_model
-from qwen3_reranker.packing import build_pack, merge_duplicates, plan_packs
+from qwen3_reranker.packing import Budget, build_pack, merge_duplicates, plan_packs
 from tests import texts
 from tests.official import Official
 
@@ -74,7 +74,7 @@ def test_layouts_score_alike(checkpoint: Callable[..., Path], backend: str, prun
     for cached in (0, group.num_shared, len(group.head)):
         for budget in (200, 100_000):
             found = np.full(len(groups[0].documents), np.nan, np.float32)
-            for seats in plan_packs(groups, max_batch_tokens=budget, max_cached_tokens=cached):
+            for seats in plan_packs(groups, Budget(budget, max_cached_tokens=cached)):
                 found[list(seats[0].documents)] = loaded.network.score(
                     build_pack(groups, seats, backend=backend)
                 )

@@ -14,7 +14,7 @@ import torch
 
 from qwen3_reranker import Reranker
 from qwen3_reranker.loading import load_model
-from qwen3_reranker.packing import Pack
+from qwen3_reranker.packing import Budget, Pack
 from tests import real_parts, texts
 from tests.fakes import leaking
 from tests.invariants import check_ranking
@@ -255,8 +255,7 @@ def test_both_backends_and_the_default_agree(checkpoint: Callable[..., Path]) ->
         engine = Engine(
             loaded.network.score,
             backend=backend,
-            max_batch_tokens=900,
-            max_attention_tokens=3000 if backend == "padded" else None,
+            budget=Budget(900, 3000 if backend == "padded" else None),
         )
         scores.append(engine.submit([group]).result().log_odds[0])
         engine.close()

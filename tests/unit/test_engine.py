@@ -23,7 +23,7 @@ from qwen3_reranker import (
     Qwen3RerankerError,
 )
 from qwen3_reranker.engine import Engine, Scores
-from qwen3_reranker.packing import Pack
+from qwen3_reranker.packing import Budget, Pack
 from qwen3_reranker.runtime import Runtime
 from qwen3_reranker.tokenization import EncodedGroup
 
@@ -99,7 +99,7 @@ def make() -> Iterator[Callable[..., Engine]]:
     engines = []
 
     def make(score: Score, **settings: Any) -> Engine:
-        engines.append(Engine(score, **{"backend": "fake", "max_batch_tokens": 100, **settings}))
+        engines.append(Engine(score, **{"backend": "fake", "budget": Budget(100), **settings}))
         return engines[-1]
 
     yield make
@@ -124,7 +124,7 @@ def gated(gate: Gate, make: Callable[..., Engine]) -> tuple[Engine, Future[Score
 
 
 def test_scores_are_aligned_with_groups_and_documents(make: Callable[..., Engine]) -> None:
-    engine = make(last_id, max_batch_tokens=4)
+    engine = make(last_id, budget=Budget(4))
     groups = [group(5, 9, 5, 7), group(head=2), group(3, head=3), group(9, 8, head=1)]
     assert log_odds(engine.submit(groups)) == [[5, 9, 5, 7], [], [3], [9, 8]]
 
@@ -134,8 +134,7 @@ def test_scores_are_aligned_whatever_the_packs(make: Callable[..., Engine], seed
     chance = random.Random(seed)
     engine = make(
         last_id,
-        max_batch_tokens=chance.randint(1, 12),
-        max_attention_tokens=chance.choice([None, 1, 8]),
+        budget=Budget(chance.randint(1, 12), chance.choice([None, 1, 8])),
     )
     contents = [
         (chance.randint(1, 4), [chance.randint(1, 30) for _ in range(chance.randint(0, 20))])
@@ -154,13 +153,13 @@ def test_duplicates_are_computed_once(make: Callable[..., Engine], gate: Gate) -
 
 
 def test_tokens_count_the_head_of_each_pack(make: Callable[..., Engine]) -> None:
-    engine = make(last_id, max_batch_tokens=3)
+    engine = make(last_id, budget=Budget(3))
     assert engine.submit([group(5, 6, 7, 8, 9)]).result(TIMEOUT_S).tokens == 3 + 5
 
 
 def test_progress_counts_distinct_documents(make: Callable[..., Engine]) -> None:
     steps: list[int] = []
-    engine = make(last_id, max_batch_tokens=3)
+    engine = make(last_id, budget=Budget(3))
     engine.submit([group(5, 6, 7, 8, 9, 9)], progress=steps.append).result(TIMEOUT_S)
     assert steps == [2, 2, 1]
 
@@ -246,7 +245,7 @@ def test_error_in_the_kth_forward_reaches_its_caller_alone(
             raise error(f"forward {k}")
         return last_id(pack)
 
-    engine = make(fail_at_k, max_batch_tokens=2)
+    engine = make(fail_at_k, budget=Budget(2))
     failing, following = engine.submit([group(1, 2, 3, 4, 5)]), engine.submit([group(6, 7)])
     with pytest.raises(error, match=f"forward {k}"):
         failing.result(TIMEOUT_S)
@@ -329,7 +328,7 @@ def test_close_passes_over_cancelled_requests(
 
 
 def test_close_stops_a_request_between_its_packs(gate: Gate, make: Callable[..., Engine]) -> None:
-    engine = make(gate, max_batch_tokens=2)
+    engine = make(gate, budget=Budget(2))
     running = engine.submit([group(1, 2, 3)])
     assert gate.started.wait(TIMEOUT_S)
     waiting = engine.submit([group(4)])
@@ -381,6 +380,7 @@ def test_close_from_the_owner_thread_does_not_wait_for_itself(
 EXIT_WITH_QUEUED_WORK = """
 import sys, threading, time, types
 import numpy as np
+from qwen3_reranker.packing import Budget
 from qwen3_reranker.runtime import Runtime
 from qwen3_reranker.tokenization import EncodedGroup
 
@@ -392,9 +392,10 @@ class Network:
         time.sleep(0.5)
         return np.zeros(len(pack.last_tokens), np.float32)
 
+    rescore = score
+
 model = types.SimpleNamespace(
-    network=Network(), backend="fake", max_batch_tokens=100, max_attention_tokens=None,
-    max_cached_tokens=0
+    network=Network(), backend="fake", budget=Budget(100)
 )
 sys.modules["qwen3_reranker.loading"] = types.SimpleNamespace(load_model=lambda **settings: model)
 runtime = Runtime(model="model")
@@ -428,7 +429,7 @@ class Weights:
         time.sleep(0.5)  # torch, too, lets other threads run while it frees
         print("freed", flush=True)
 
-engine = Engine(Weights().score, backend="documents", max_batch_tokens=100)
+engine = Engine(Weights().score, backend="documents", budget=Budget(100))
 ids = np.array([1], np.int32)
 engine.submit([EncodedGroup(ids, [ids], [False], 0)]).result(10)
 engine.stop()
@@ -454,7 +455,7 @@ def score(pack):
     started.set()
     time.sleep(30)
 
-engine = Engine(score, backend="documents", max_batch_tokens=100)
+engine = Engine(score, backend="documents", budget=Budget(100))
 ids = np.array([1], np.int32)
 engine.submit([EncodedGroup(ids, [ids], [False], 0)])
 started.wait()
@@ -508,7 +509,7 @@ def test_served_requests_are_forgotten(make: Callable[..., Engine]) -> None:
 def test_abandoned_request_stops_after_the_forward_in_flight(
     gate: Gate, make: Callable[..., Engine]
 ) -> None:
-    engine = make(gate, max_batch_tokens=2)  # one document per pack
+    engine = make(gate, budget=Budget(2))  # one document per pack
     future = engine.submit([group(*range(1, 9))])
     assert gate.started.wait(TIMEOUT_S)
     future.abandon()
@@ -556,7 +557,7 @@ def test_known_prompts_are_not_scored_again() -> None:
         seen.extend(last_ids(pack))
         return last_id(pack)
 
-    engine = Engine(score, backend="documents", max_batch_tokens=100, max_cached_scores=3)
+    engine = Engine(score, backend="documents", budget=Budget(100), max_cached_scores=3)
     progress: list[int] = []
     assert log_odds(engine.submit([group(5, 7), group(5, head=2)])) == [[5.0, 7.0], [5.0]]
     again = engine.submit([group(9, 5, 7, 5)], progress=progress.append)
@@ -575,7 +576,7 @@ def test_without_being_asked_nothing_is_kept() -> None:
         seen.extend(last_ids(pack))
         return last_id(pack)
 
-    engine = Engine(score, backend="documents", max_batch_tokens=100)
+    engine = Engine(score, backend="documents", budget=Budget(100))
     for _ in range(2):
         assert log_odds(engine.submit([group(5)])) == [[5.0]]
     assert seen == [5, 5]
@@ -586,7 +587,7 @@ def test_score_that_is_not_finite_is_not_kept() -> None:
     values = iter([np.nan, 1.0])
     engine = Engine(
         lambda pack: np.array([next(values)], np.float32),
-        backend="documents", max_batch_tokens=100, max_cached_scores=3,
+        backend="documents", budget=Budget(100), max_cached_scores=3,
     )  # fmt: skip
     with pytest.raises(NonFiniteScoreError):
         engine.submit([group(5)]).result(TIMEOUT_S)

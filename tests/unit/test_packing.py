@@ -5,7 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen3_reranker.packing import Group, Seat, build_pack, merge_duplicates, plan_packs
+from qwen3_reranker.packing import (
+    Budget,
+    Group,
+    Seat,
+    build_pack,
+    merge_duplicates,
+    plan_packs,
+)
 from qwen3_reranker.tokenization import EncodedGroup, TokenIds
 
 SHAPES = st.lists(
@@ -25,7 +32,7 @@ def groups(shape: list[tuple[int, list[int]]]) -> list[Group]:
 def test_every_document_has_one_seat_within_both_budgets(
     shape: list[tuple[int, list[int]]], linear: int, attention: int | None
 ) -> None:
-    planned = plan_packs(groups(shape), max_batch_tokens=linear, max_attention_tokens=attention)
+    planned = plan_packs(groups(shape), Budget(linear, attention))
     seated = [(seat.group, d) for pack in planned for seat in pack for d in seat.documents]
     assert sorted(seated) == [(g, d) for g, (_, ls) in enumerate(shape) for d in range(len(ls))]
     for pack in planned:
@@ -43,25 +50,25 @@ def test_every_document_has_one_seat_within_both_budgets(
 
 
 def test_longest_documents_of_a_group_go_first() -> None:
-    planned = plan_packs(groups([(5, [3, 9, 6])]), max_batch_tokens=100)
+    planned = plan_packs(groups([(5, [3, 9, 6])]), Budget(100))
     assert planned == [[Seat(0, (1, 2, 0))]]
 
 
 def test_group_that_fits_one_pack_is_not_split() -> None:
-    planned = plan_packs(groups([(10, [30]), (10, [20, 20])]), max_batch_tokens=60)
+    planned = plan_packs(groups([(10, [30]), (10, [20, 20])]), Budget(60))
     assert planned == [[Seat(0, (0,))], [Seat(1, (0, 1))]]
 
 
 def test_small_groups_share_a_pack() -> None:
-    planned = plan_packs(groups([(5, [5]), (5, [5]), (5, [5])]), max_batch_tokens=30)
+    planned = plan_packs(groups([(5, [5]), (5, [5]), (5, [5])]), Budget(30))
     assert planned == [[Seat(0, (0,)), Seat(1, (0,)), Seat(2, (0,))]]
 
 
 def test_long_query_with_many_short_documents_stays_bounded() -> None:
     shape = [(4000, [60] * 500)]
-    planned = plan_packs(groups(shape), max_batch_tokens=2048, max_attention_tokens=8192)
+    planned = plan_packs(groups(shape), Budget(2048, 8192))
     assert max(sum(4000 + 60 for s in pack for _ in s.documents) for pack in planned) <= 8192
-    shared = plan_packs(groups(shape), max_batch_tokens=2048)
+    shared = plan_packs(groups(shape), Budget(2048))
     tokens = [4000 + 60 * len(pack[0].documents) for pack in shared]
     assert max(tokens) <= 8000
     assert sum(tokens) <= 2.1 * (4000 + 60 * 500), "the head is not computed for every document"
@@ -72,7 +79,7 @@ def test_pack_lays_documents_behind_their_head(
     shape: list[tuple[int, list[int]]], budget: int
 ) -> None:
     all_groups = groups(shape)
-    for seats in plan_packs(all_groups, max_batch_tokens=budget):
+    for seats in plan_packs(all_groups, Budget(budget)):
         pack = build_pack(all_groups, seats, backend="documents")
         assert len(pack.token_ids) == len(pack.position_ids)
         expected = 0
@@ -101,7 +108,7 @@ def test_what_stays_outside_depends_on_the_group_alone(
         Group(ids(head), [ids(n) for n in lengths], num_shared=min(shared, head - 1))
         for head, lengths in shape
     ]
-    planned = plan_packs(all_groups, max_batch_tokens=budget, max_cached_tokens=cached)
+    planned = plan_packs(all_groups, Budget(budget, max_cached_tokens=cached))
     seated = [(seat.group, d) for pack in planned for seat in pack for d in seat.documents]
     assert sorted(seated) == [(g, d) for g, (_, ls) in enumerate(shape) for d in range(len(ls))]
     for g, group in enumerate(all_groups):
@@ -126,10 +133,10 @@ def test_what_stays_outside_depends_on_the_group_alone(
 
 def test_head_of_many_packs_is_computed_once() -> None:
     group = Group(ids(300), [ids(60)] * 50, num_shared=60)
-    planned = plan_packs([group], max_batch_tokens=1000, max_cached_tokens=400)
+    planned = plan_packs([group], Budget(1000, max_cached_tokens=400))
     assert {seat.num_cached for pack in planned for seat in pack} == {300}
     assert len(planned) == 4, "3000 tokens of documents and no head"
-    (seat,) = plan_packs([group], max_batch_tokens=4000, max_cached_tokens=400)[0]
+    (seat,) = plan_packs([group], Budget(4000, max_cached_tokens=400))[0]
     assert seat.num_cached == 60
 
 
@@ -152,5 +159,5 @@ def test_merging_keeps_every_document_findable(shape: list[tuple[int, list[int]]
 
 @pytest.mark.parametrize("budget", [1, 10])
 def test_pair_above_the_budget_travels_alone(budget: int) -> None:
-    planned = plan_packs(groups([(5, [50, 60])]), max_batch_tokens=budget)
+    planned = plan_packs(groups([(5, [50, 60])]), Budget(budget))
     assert planned == [[Seat(0, (1,))], [Seat(0, (0,))]]

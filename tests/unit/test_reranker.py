@@ -30,7 +30,7 @@ from qwen3_reranker import (
     Usage,
 )
 from qwen3_reranker.engine import Engine, Scores, ScoresFuture
-from qwen3_reranker.packing import Pack
+from qwen3_reranker.packing import Budget, Pack
 from tests import fakes
 from tests.invariants import check_ranking
 
@@ -106,7 +106,7 @@ def test_rank_over_many_packs_equals_one_by_one(
 ) -> None:
     colours, fruits = ["red", "green", "blue"], ["apple", "pear", "plum", ""]
     documents = [f"{c} {f} {n}" for n in range(20) for c in colours for f in fruits]
-    model = fakes.FakeModel(max_batch_tokens=200)
+    model = fakes.FakeModel(budget=Budget(200))
     with fakes.loaded(monkeypatch, model):
         reranker = Reranker("model")
         ranking = reranker.rank(QUERY, documents)
