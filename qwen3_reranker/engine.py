@@ -3,9 +3,9 @@
 Decides whose documents travel next, what becomes of a forward that fails, and whose scores they
 are. Knows nothing of text, and of torch only that `score` may be called from a thread of its own.
 
-Requests take turns by the tokens they have been served (start-time fair queuing, Goyal, Vin and
-Cheng 1996): one that comes while a long job runs is seated first in the next pack, and the long job
-fills the rest of it.
+Requests take turns by the tokens they have been served (fair queuing, Demers, Keshav and Shenker
+1989): one that comes while a long job runs is seated first in the next pack, and the long job fills
+the rest of it.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class _Request:
     progress: Progress | None
     future: ScoresFuture = field(default_factory=ScoresFuture)
     arrived: float = field(default_factory=monotonic)
-    served: float = 0.0  # virtual time: where its next documents stand in line
+    served: float = 0.0  # virtual time: the least served are seated first
     tokens: int = 0
     is_new: bool = True
     all_groups: list[Group] = field(default_factory=list)
@@ -160,7 +160,7 @@ class Engine:
         # wherever the garbage collector happens to call it.
         self._waiting: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._active: list[_Request] = []  # in order of arrival; the owner's alone
-        self._clock = 0.0  # virtual time: where the last documents seated stood in line
+        self._clock = 0.0  # virtual time: tokens served to each of those who wait, if all shared
         self._max_waiting = max_waiting
         self._observers: list[Callable[[PackRecord], object]] = []
         self._is_closed = False
@@ -298,16 +298,17 @@ class Engine:
         for request in [r for r in self._active if r.future.abandoned.is_set()]:
             self._fail(request, CancelledError())
         room, parts = Room(self._budget), []
-        for request in sorted(self._active, key=lambda request: request.served):
+        for request in sorted(self._active, key=lambda r: (r.served, not r.is_new)):
             if room.linear > _FULL * self._budget.max_batch_tokens:
                 break
             before = room.linear
             seats = request.line.fill(room)
             if seats:
-                if not parts:
-                    self._clock = request.served
                 parts.append((request, seats))
                 request.served += room.linear - before
+        # What each would have been served by now, had they shared: where newcomers begin, so that
+        # neither they nor a stream of them have the model to themselves.
+        self._clock += room.linear / max(len(self._active), 1)
         return parts
 
     def _score_parts(self, parts: _Parts) -> None:
@@ -323,9 +324,9 @@ class Engine:
         elif len(parts) > 1:  # one bad document must fail its own caller alone
             for part in parts:
                 self._score_parts([part])
-        else:
-            assert error is not None  # noqa: S101
+        elif error is not None:
             self._fail(parts[0][0], error)
+        del error  # its traceback leads back to this frame: no cycle, so it is freed at once
 
     def _halve(self, parts: _Parts) -> None:
         """Score both halves of a pack that did not fit, and make smaller packs from now on."""
@@ -398,7 +399,6 @@ class Engine:
             _refuse_non_finite(aligned)
         except BaseException as error:
             self._fail(request, error)
-            del request  # the error's traceback holds this frame; without it there is no cycle
             return
         if self._known is not None:
             for group, row in zip(request.all_groups, request.log_odds, strict=True):
@@ -411,6 +411,9 @@ class Engine:
         if request in self._active:
             self._active.remove(request)
             request.future.set_exception(error)
+            # The error's traceback leads to frames that hold the request: without the future there
+            # is no cycle, and what a failed forward left behind is freed at once.
+            request.future = ScoresFuture()
 
     def _tell(self, record: PackRecord) -> None:
         for observer in self._observers:

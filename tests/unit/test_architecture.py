@@ -108,6 +108,7 @@ def test_public_names_are_these() -> None:
             "TEMPLATES",
             "ClosedError",
             "DataError",
+            "DocumentTooLargeError",
             "InputError",
             "MissingExtraError",
             "ModelLoadError",
@@ -117,8 +118,10 @@ def test_public_names_are_these() -> None:
             "Qwen3RerankerError",
             "RankedDocument",
             "RankingError",
+            "ReentryError",
             "Reranker",
             "Scorer",
+            "TimedOutError",
             "Usage",
             "__version__",
         ]

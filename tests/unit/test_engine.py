@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import gc
 import random
 import subprocess
@@ -18,11 +19,13 @@ from numpy.typing import NDArray
 
 from qwen3_reranker import (
     ClosedError,
+    DocumentTooLargeError,
     NonFiniteScoreError,
     OverloadedError,
     Qwen3RerankerError,
+    ReentryError,
 )
-from qwen3_reranker.engine import Engine, Scores
+from qwen3_reranker.engine import Engine, PackRecord, Scores
 from qwen3_reranker.packing import Budget, Pack
 from qwen3_reranker.runtime import Runtime
 from qwen3_reranker.tokenization import EncodedGroup
@@ -164,14 +167,54 @@ def test_progress_counts_distinct_documents(make: Callable[..., Engine]) -> None
     assert steps == [2, 2, 1]
 
 
-def test_requests_run_in_the_order_they_came(
+def test_waiting_requests_share_a_pack_in_the_order_they_came(
     gate: Gate, gated: tuple[Engine, Future[Scores]]
 ) -> None:
     engine, _ = gated
-    futures = [engine.submit([group(i)]) for i in (3, 1, 2)]
+    futures = [engine.submit([group(i, head=i)]) for i in (3, 1, 2)]
     gate.open.set()
     assert [log_odds(future) for future in futures] == [[[3]], [[1]], [[2]]]
-    assert gate.forwards == [[100], [3], [1], [2]]
+    assert gate.forwards == [[100], [3, 1, 2]]
+
+
+def test_long_job_neither_delays_a_short_call_nor_is_starved(
+    gate: Gate, make: Callable[..., Engine]
+) -> None:
+    engine = make(gate, budget=Budget(6))
+    job = engine.submit([group(*range(1000, 1100))])
+    assert gate.started.wait(TIMEOUT_S)
+    short = [engine.submit([group(i, i + 1, head=9)]) for i in (1, 3, 5)]
+    gate.open.set()
+    assert [log_odds(future) for future in short] == [[[1, 2]], [[3, 4]], [[5, 6]]]
+    assert log_odds(job) == [list(range(1000, 1100))]
+    first = [next(n for n, ids in enumerate(gate.forwards) if i in ids) for i in (1, 3, 5)]
+    assert first == [1, 1, 2], "each in the first pack that has room"
+    served = [sum(i >= 1000 for i in ids) for ids in gate.forwards]
+    assert served[3:] == [5] * (len(served) - 4) + [served[-1]]
+
+
+def test_stream_of_short_calls_leaves_a_long_job_its_share(make: Callable[..., Engine]) -> None:
+    forwards: list[list[int]] = []
+    enough = threading.Event()
+
+    def call() -> None:
+        with contextlib.suppress(ClosedError):
+            engine.submit([group(*range(5))])
+
+    def score(pack: Pack) -> NDArray[np.float32]:
+        forwards.append(last_ids(pack))
+        if not enough.is_set():  # as soon as one short call is served, another waits
+            threading.Thread(target=call).start()
+            time.sleep(0.002)
+        return last_id(pack)
+
+    engine = make(score, budget=Budget(6))
+    job = engine.submit([group(*range(1000, 1100))])
+    try:
+        assert log_odds(job) == [list(range(1000, 1100))]
+    finally:
+        enough.set()
+    assert any(0 in ids for ids in forwards), "the stream itself must be there"
 
 
 def test_one_forward_is_in_flight_with_fifty_callers(make: Callable[..., Engine]) -> None:
@@ -184,7 +227,8 @@ def test_one_forward_is_in_flight_with_fifty_callers(make: Callable[..., Engine]
 
     with ThreadPoolExecutor(50) as threads:
         assert list(threads.map(call, range(50))) == [[[i, i + 1]] for i in range(50)]
-    assert (score.peak, score.calls) == (1, 50)
+    assert score.peak == 1
+    assert score.calls < 50, "callers that wait share packs"
 
 
 def test_control_without_an_engine_forwards_overlap() -> None:
@@ -219,7 +263,7 @@ def test_cancelled_waiting_request_is_never_scored(
     assert dropped.cancel()
     gate.open.set()
     assert (log_odds(kept), log_odds(last)) == ([[1]], [[3]])
-    assert gate.forwards == [[100], [1], [3]]
+    assert gate.forwards == [[100], [1, 3]]
 
 
 def test_running_request_cannot_be_cancelled(
@@ -231,27 +275,202 @@ def test_running_request_cannot_be_cancelled(
     assert log_odds(running) == [[100]]
 
 
-@pytest.mark.parametrize("error", [RuntimeError, MemoryError, KeyboardInterrupt, SystemExit])
-@pytest.mark.parametrize("k", range(1, 6))
-def test_error_in_the_kth_forward_reaches_its_caller_alone(
-    make: Callable[..., Engine], k: int, error: type[BaseException]
-) -> None:
-    forwards = 0
+class Failing:
+    """Scores by the last id; the k-th call raises."""
 
-    def fail_at_k(pack: Pack) -> NDArray[np.float32]:
-        nonlocal forwards
-        forwards += 1
-        if forwards == k:
-            raise error(f"forward {k}")
+    def __init__(self, k: int, error: type[BaseException], *, times: int = 1) -> None:
+        self.k, self.error, self.times = k, error, times
+        self.calls = 0
+
+    def __call__(self, pack: Pack) -> NDArray[np.float32]:
+        self.calls += 1
+        if self.k <= self.calls < self.k + self.times:
+            raise self.error(f"forward {self.calls}")
         return last_id(pack)
 
-    engine = make(fail_at_k, budget=Budget(2))
-    failing, following = engine.submit([group(1, 2, 3, 4, 5)]), engine.submit([group(6, 7)])
-    with pytest.raises(error, match=f"forward {k}"):
-        failing.result(TIMEOUT_S)
-    assert forwards >= k
-    assert log_odds(following) == [[6, 7]]
-    assert log_odds(engine.submit([group(1, 2, 3, 4, 5)])) == [[1, 2, 3, 4, 5]]
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit, OSError])
+def test_error_in_the_kth_forward_fails_one_caller_or_none(
+    make: Callable[..., Engine], error: type[BaseException]
+) -> None:
+    requests = [[group(1, 2, 3, 4, 5)], [group(6, 7, head=2)], [group(8, head=3), group(9, head=4)]]
+    expected = [[[1, 2, 3, 4, 5]], [[6, 7]], [[8], [9]]]
+    k, failed = 0, 0
+    while True:
+        k += 1
+        score = Failing(k, error)
+        engine = make(score, budget=Budget(6))
+        futures = [engine.submit(groups) for groups in requests]
+        outcomes = [future.exception(TIMEOUT_S) for future in futures]
+        for future, outcome, wanted in zip(futures, outcomes, expected, strict=True):
+            if outcome is None:
+                assert log_odds(future) == wanted
+            else:
+                assert (type(outcome), str(outcome)) == (error, f"forward {k}")
+        assert sum(outcome is not None for outcome in outcomes) <= 1
+        failed += any(outcome is not None for outcome in outcomes)
+        if k > score.calls:  # a run that nothing touched
+            break
+        for groups, wanted in zip(requests, expected, strict=True):  # usable at once
+            assert log_odds(engine.submit(groups)) == wanted
+    assert failed
+
+
+def test_bad_document_fails_its_own_caller_alone(make: Callable[..., Engine], gate: Gate) -> None:
+    def score(pack: Pack) -> NDArray[np.float32]:
+        if 66 in last_ids(pack):
+            raise ValueError("66")
+        return gate(pack)
+
+    engine = make(score)
+    held = engine.submit([group(100)])
+    assert gate.started.wait(TIMEOUT_S)
+    good, bad, other = (engine.submit([group(i, head=i)]) for i in (1, 66, 2))
+    gate.open.set()
+    with pytest.raises(ValueError, match="66"):
+        bad.result(TIMEOUT_S)
+    assert [log_odds(future) for future in (held, good, other)] == [[[100]], [[1]], [[2]]]
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_memory_that_runs_out_in_the_kth_forward_loses_nothing(
+    make: Callable[..., Engine], times: int
+) -> None:
+    documents = list(range(1, 30))
+    k = 0
+    while True:
+        k += 1
+        score = Failing(k, MemoryError, times=times)
+        engine = make(score, budget=Budget(12))
+        futures = [engine.submit([group(*documents, head=h)]) for h in (1, 2)]
+        for future in futures:
+            error = future.exception(TIMEOUT_S)
+            if times < 3:  # three in a row reach a document that is alone
+                assert error is None
+            assert isinstance(error, DocumentTooLargeError) or log_odds(future) == [documents]
+        if k > score.calls:
+            break
+    assert k > 6
+
+
+def test_memory_bound_is_remembered(make: Callable[..., Engine]) -> None:
+    sizes: list[int] = []
+
+    def score(pack: Pack) -> NDArray[np.float32]:
+        sizes.append(len(pack.token_ids))
+        if len(pack.token_ids) > 7:
+            raise MemoryError
+        return last_id(pack)
+
+    engine = make(score, budget=Budget(24))
+    assert log_odds(engine.submit([group(*range(1, 60))])) == [list(range(1, 60))]
+    del sizes[:]
+    assert log_odds(engine.submit([group(*range(1, 60))])) == [list(range(1, 60))]
+    assert max(sizes) <= 7, "no pack is tried that cannot fit"
+
+
+def test_document_that_never_fits_is_named_and_others_are_scored(
+    make: Callable[..., Engine], gate: Gate
+) -> None:
+    def score(pack: Pack) -> NDArray[np.float32]:
+        if 66 in last_ids(pack):
+            raise MemoryError
+        return gate(pack)
+
+    engine = make(score)
+    held = engine.submit([group(100)])
+    assert gate.started.wait(TIMEOUT_S)
+    bad = engine.submit([group(1, 2, 1, 66, 3)])
+    worse = engine.submit([group(5, head=2), group(7, 66, head=3)])
+    good = engine.submit([group(4, 5)])
+    gate.open.set()
+    with pytest.raises(DocumentTooLargeError, match=r"^documents\[3\] does not fit .* \(2 tokens"):
+        bad.result(TIMEOUT_S)
+    with pytest.raises(DocumentTooLargeError, match=r"^documents\[1\]\[1\] does not fit"):
+        worse.result(TIMEOUT_S)
+    assert (log_odds(held), log_odds(good)) == ([[100]], [[4, 5]])
+
+
+def test_failed_try_leaves_nothing_in_memory(make: Callable[..., Engine]) -> None:
+    class Tensor:
+        """Stands for what a forward allocates."""
+
+    left: list[weakref.ref[Tensor]] = []
+
+    def score(pack: Pack) -> NDArray[np.float32]:
+        assert all(tensor() is None for tensor in left), "kept while the halves are scored"
+        tensor = Tensor()
+        left.append(weakref.ref(tensor))
+        if len(left) == 1:
+            raise MemoryError
+        return last_id(pack)
+
+    gc.disable()
+    try:
+        assert log_odds(make(score).submit([group(1, 2, 3)])) == [[1, 2, 3]]
+    finally:
+        gc.enable()
+    assert len(left) == 3
+
+
+def test_scores_that_are_not_finite_are_computed_again_once(make: Callable[..., Engine]) -> None:
+    again: list[list[int]] = []
+
+    def score(pack: Pack) -> NDArray[np.float32]:
+        ids = last_id(pack)
+        return np.where(ids > 60, np.float32(np.inf), ids)
+
+    def rescore(pack: Pack) -> NDArray[np.float32]:
+        again.append(last_ids(pack))
+        ids = last_id(pack)
+        return np.where(ids > 70, np.float32(np.nan), ids)
+
+    engine = make(score, rescore=rescore)
+    assert log_odds(engine.submit([group(1, 66, 2), group(67, head=2)])) == [[1, 66, 2], [67]]
+    assert again == [[66, 67]]
+    with pytest.raises(NonFiniteScoreError, match=r"for 1 documents, the first is documents\[1\];"):
+        engine.submit([group(1, 77, 66)]).result(TIMEOUT_S)
+
+
+def test_observers_are_told_of_each_pack(make: Callable[..., Engine], gate: Gate) -> None:
+    engine, records = make(gate, budget=Budget(6)), []
+
+    def broken(record: PackRecord) -> None:
+        raise RuntimeError("observer")
+
+    engine.observe(broken)
+    engine.observe(records.append)
+    first = engine.submit([group(1, 2, 3)])
+    assert gate.started.wait(TIMEOUT_S)
+    others = [engine.submit([group(i, head=i)]) for i in (4, 5)]
+    time.sleep(0.05)
+    gate.open.set()
+    for future in (first, *others):
+        future.result(TIMEOUT_S)
+    engine.close()
+    assert [(r.requests, r.documents, r.tokens, r.waiting) for r in records] == [
+        (1, 3, 4, 1), (2, 2, 4, 2),
+    ]  # fmt: skip
+    assert records[1].wait_s >= 0.05
+    assert records[0].run_s >= 0.05 > records[1].run_s >= 0
+
+
+def test_call_from_the_owner_thread_is_refused(make: Callable[..., Engine]) -> None:
+    def call(count: int) -> None:
+        engine.submit([group(1)])
+
+    engine = make(last_id)
+    with pytest.raises(ReentryError, match="would wait for itself"):
+        engine.submit([group(1)], progress=call).result(TIMEOUT_S)
+    assert log_odds(engine.submit([group(2)])) == [[2]]
+
+
+def test_one_document_per_pack_when_asked(make: Callable[..., Engine], gate: Gate) -> None:
+    gate.open.set()
+    engine = make(gate, budget=Budget(100, max_documents=1))
+    futures = [engine.submit([group(1, 2, 1)]), engine.submit([group(3)])]
+    assert [log_odds(future) for future in futures] == [[[1, 2, 1]], [[3]]]
+    assert sorted(gate.forwards) == [[1], [2], [3]]
 
 
 def test_error_in_progress_reaches_its_caller_alone(make: Callable[..., Engine]) -> None:
@@ -420,6 +639,7 @@ EXIT_BEFORE_WEIGHTS_ARE_FREED = """
 import time
 import numpy as np
 from qwen3_reranker.engine import Engine
+from qwen3_reranker.packing import Budget
 from qwen3_reranker.tokenization import EncodedGroup
 
 class Weights:
@@ -447,6 +667,7 @@ INTERRUPTED_AT_EXIT = """
 import os, signal, threading, time
 import numpy as np
 from qwen3_reranker.engine import Engine
+from qwen3_reranker.packing import Budget
 from qwen3_reranker.tokenization import EncodedGroup
 
 started = threading.Event()

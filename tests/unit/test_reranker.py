@@ -9,6 +9,7 @@ import math
 import pickle
 import sys
 import threading
+import time
 import tracemalloc
 import weakref
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from qwen3_reranker import (
     RankedDocument,
     Reranker,
     Scorer,
+    TimedOutError,
     Usage,
 )
 from qwen3_reranker.engine import Engine, Scores, ScoresFuture
@@ -380,6 +382,48 @@ async def test_arank_timeout_leaves_the_reranker_usable(monkeypatch: pytest.Monk
         assert reranker.usage.documents == len(FRUIT)
 
 
+class Slow(fakes.FakeNetwork):
+    """Takes its time."""
+
+    def score(self, pack: Pack) -> NDArray[np.float32]:
+        time.sleep(0.1)
+        return super().score(pack)
+
+
+async def test_call_that_takes_longer_than_its_timeout_is_told_and_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = fakes.FakeModel(network=Slow(), budget=Budget(120))
+    documents = [f"red pear {i}" for i in range(100)]
+    with fakes.loaded(monkeypatch, model):
+        reranker = Reranker("model")
+        started = time.monotonic()
+        with pytest.raises(TimedOutError, match="100 documents were not scored within timeout_s"):
+            reranker.rank(QUERY, documents, timeout_s=0.15)
+        with pytest.raises(TimeoutError, match="send fewer"):
+            await reranker.ascore(QUERY, documents, timeout_s=0.15)
+        assert time.monotonic() - started < 1.5
+        assert len(model.network.packs) < 10, "what was left was dropped"
+        assert reranker.score(QUERY, ["red pear"], timeout_s=60)
+        assert reranker.rank_many([QUERY], [["pear"]], timeout_s=60)
+        assert reranker.score_pairs([(QUERY, "pear")], timeout_s=60)
+
+
+@pytest.mark.parametrize("timeout_s", [0, -1, float("nan"), "5", True])
+def test_timeout_that_is_no_time_is_refused(reranker: Reranker, timeout_s: Any) -> None:
+    with pytest.raises(InputError, match="timeout_s must be a number of seconds above 0"):
+        reranker.rank(QUERY, FRUIT, timeout_s=timeout_s)
+
+
+def test_observers_of_the_weights_are_told_of_each_pack(reranker: Reranker) -> None:
+    records: list[Any] = []
+    reranker.observe(records.append)
+    reranker.rank(QUERY, FRUIT)
+    reranker.score(QUERY, FRUIT[:1])  # the owner tells after it answers; by now the first is told
+    assert records[0].documents == len(set(FRUIT))
+    assert records[0].requests == 1
+
+
 async def test_arank_leaves_the_event_loop_free(monkeypatch: pytest.MonkeyPatch) -> None:
     network = WaitingNetwork()
     with fakes.loaded(monkeypatch, fakes.FakeModel(network)):
@@ -390,7 +434,7 @@ async def test_arank_leaves_the_event_loop_free(monkeypatch: pytest.MonkeyPatch)
         check_ranking(await task, FRUIT)
 
 
-@pytest.mark.parametrize("error", [RuntimeError, MemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [RuntimeError, OSError, KeyboardInterrupt])
 def test_rank_raises_what_the_network_raised_and_works_again(
     monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
@@ -612,7 +656,7 @@ def test_model_is_loaded_once_by_the_first_call(loads: Loads) -> None:
     assert loads.settings == [
         {
             "model": "model", "dtype": "bfloat16", "device": "cpu", "template": None,
-            "adapter": None, "revision": None, "max_batch_tokens": 512,
+            "adapter": None, "revision": None, "max_batch_tokens": 512, "exact": False,
         }
     ]  # fmt: skip
 
@@ -666,6 +710,8 @@ def test_shared_equal_settings_share_one_model(loads: Loads, settings: dict[str,
         {"adapter": "lora"},
         {"revision": "main"},
         {"max_batch_tokens": 512},
+        {"exact": True},
+        {"max_cached_scores": 9},
     ],
 )
 def test_shared_other_settings_load_another_model(loads: Loads, settings: dict[str, Any]) -> None:
