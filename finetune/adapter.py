@@ -16,7 +16,7 @@ from typing import Any
 
 import transformers
 
-from qwen3_reranker.loading import ADAPTER_RECORD
+from qwen3_reranker.adapters import ADAPTER_RECORD
 
 from .config import RerankerArguments
 from .data import TrainingFile
@@ -44,7 +44,12 @@ def save_adapter(
     template = trainee.tokenizer.template
     record = {
         "template": {"id": template.id, "hash": template.hash},
-        "base": {"name": base.name, "revision": base.revision, "commit": trainee.commit},
+        "base": {
+            "name": base.name,
+            "revision": base.revision,
+            "commit": trainee.commit,
+            "fingerprint": trainee.fingerprint,
+        },
     }
     _write(folder / ADAPTER_RECORD, record)
     run = {

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from qwen3_reranker import ModelLoadError, checkpoint, loading
+from qwen3_reranker.adapters import fingerprint
 from qwen3_reranker.attention import choose_backend
 from qwen3_reranker.model import YesNoCrossEncoder
 from qwen3_reranker.packing import Pack
@@ -56,6 +57,7 @@ class Trainee:
         backend: Attention backend.
         max_positions: Longest prompt, in tokens.
         commit: Commit of the base on the Hub, if it came from there.
+        fingerprint: Of the base's weights; None if they are quantised or trained themselves.
     """
 
     network: YesNoCrossEncoder
@@ -65,6 +67,7 @@ class Trainee:
     backend: str
     max_positions: int
     commit: str | None
+    fingerprint: str | None
 
     def decode(self, ids: NDArray[np.int32]) -> str:
         """Return the text of a prompt, control tokens included."""
@@ -155,6 +158,8 @@ def load_trainee(base: Base, *, device: torch.device, template: PromptTemplate |
     full = checkpoint.read_weights(folder, gguf_file, config, dtype, quantization=base.quantization)
     head = loading.yes_no_row(full, tokenizer)
     full.requires_grad_(False)
+    is_kept = base.peft is not None and base.quantization is None
+    base_fingerprint = fingerprint(full) if is_kept else None
     if base.peft is None:
         # Neither the head nor the embedding it may be tied to: the yes/no row stays what it is.
         full.base_model.layers.requires_grad_(True)
@@ -175,6 +180,7 @@ def load_trainee(base: Base, *, device: torch.device, template: PromptTemplate |
         backend,
         config.max_position_embeddings,
         getattr(config, "_commit_hash", None),
+        base_fingerprint,
     )
 
 

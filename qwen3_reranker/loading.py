@@ -11,7 +11,6 @@ import logging
 from dataclasses import dataclass, replace
 from functools import cache
 from math import inf
-from pathlib import Path
 from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
@@ -20,12 +19,11 @@ import numpy as np
 import torch
 import transformers
 
+from .adapters import merge_adapter, recorded_template
 from .attention import choose_backend
 from .checkpoint import (
     locate,
-    merge_adapter,
     read_config,
-    read_json,
     read_tokenizer,
     read_weights,
     refuse_unsupported,
@@ -33,13 +31,10 @@ from .checkpoint import (
 from .errors import ModelLoadError
 from .model import YesNoCrossEncoder
 from .packing import Budget, build_pack, merge_duplicates, plan_packs
-from .prompt import TEMPLATES, PromptTemplate
+from .prompt import PromptTemplate
 from .tokenization import PromptTokenizer
 
 logger = logging.getLogger(__name__)
-
-ADAPTER_RECORD = "qwen3_reranker.json"
-"""File beside an adapter's weights that records what it was trained with."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -102,7 +97,9 @@ def load_model(
     refuse_unsupported(config, model)
     serving_dtype, dtype_reason = _choose_dtype(dtype, torch_device, config)
     adapter_folder = None if adapter is None else locate(adapter, None)[0]
-    chosen_template = _choose_template(template, adapter_folder)
+    chosen_template = (
+        template if adapter_folder is None else recorded_template(template, adapter_folder)
+    )
     tokenizer = PromptTokenizer(read_tokenizer(folder, gguf_file), chosen_template)
 
     # An adapter is merged in float32, otherwise the checkpoint's own dtype holds the head exactly.
@@ -255,39 +252,6 @@ def bfloat16_pays() -> bool:
                 torch.nn.functional.linear(rows, weight)
                 seconds[dtype] = min(seconds[dtype], perf_counter() - start)
     return seconds[torch.bfloat16] < 0.8 * seconds[torch.float32]
-
-
-def _choose_template(
-    asked: PromptTemplate | None, adapter_folder: Path | None
-) -> PromptTemplate | None:
-    """Return the template asked for or recorded by the adapter; None leaves it to the tokenizer."""
-    if adapter_folder is None:
-        return asked
-    record_file = adapter_folder / ADAPTER_RECORD
-    if not record_file.is_file():
-        logger.warning(
-            "Adapter '%s' has no %s, so its prompt cannot be checked.",
-            adapter_folder,
-            ADAPTER_RECORD,
-        )
-        return asked
-    try:
-        record = read_json(record_file)["template"]
-        recorded_id, recorded_hash = record["id"], record["hash"]
-    except (KeyError, TypeError) as error:
-        raise ModelLoadError(
-            f"'{record_file}' has no template id and hash. Train the adapter again, or delete the "
-            "file to load it unchecked."
-        ) from error
-    known = asked or TEMPLATES.get(recorded_id)
-    if known is None or (known.id, known.hash) != (recorded_id, recorded_hash):
-        here = f"{known.id!r} ({known.hash[:12]})" if known else "unknown"
-        raise ModelLoadError(
-            f"adapter '{adapter_folder}' was trained with template {recorded_id!r} "
-            f"({recorded_hash[:12]}), but the prompt here is {here}, which would change its "
-            "scores. Pass template=None, or the PromptTemplate that trained it."
-        )
-    return known
 
 
 @torch.inference_mode()

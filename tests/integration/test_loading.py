@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from qwen3_reranker import InputError, ModelLoadError, NonFiniteScoreError, Reranker
+from qwen3_reranker.adapters import ADAPTER_RECORD
 from qwen3_reranker.embedded import find_gguf
-from qwen3_reranker.loading import ADAPTER_RECORD, load_model
+from qwen3_reranker.loading import load_model
 from qwen3_reranker.prompt import TEMPLATES
 from tests import official
 from tests.fakes import leaking

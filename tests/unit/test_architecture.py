@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 TORCH_FILES = {
+    "adapters.py",
     "attention.py",
     "checkpoint.py",
     "doctor.py",

@@ -145,7 +145,7 @@ class FakeModel:
 @pytest.fixture
 def convert(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Any:
     """Return a function that converts with a fake model."""
-    from qwen3_reranker import checkpoint
+    from qwen3_reranker import adapters, checkpoint
 
     def merge(full: FakeModel, adapter: Path) -> FakeModel:
         full.weights += f" + {adapter.name}"
@@ -155,7 +155,7 @@ def convert(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Any:
         monkeypatch.setattr(checkpoint, "read_config", lambda *_: None)
         monkeypatch.setattr(checkpoint, "read_tokenizer", lambda *_: "{}")
         monkeypatch.setattr(checkpoint, "read_weights", lambda *_, **__: full)
-        monkeypatch.setattr(checkpoint, "merge_adapter", merge)
+        monkeypatch.setattr(adapters, "merge_adapter", merge)
         return embedded_folder(model)
 
     return run

@@ -1,0 +1,160 @@
+"""LoRA adapters: what was recorded of their training, and the merge into their base.
+
+Decides which adapter fits which base. Only safetensors are read. Knows nothing of devices and
+scores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from .checkpoint import read_json
+from .errors import ModelLoadError
+from .prompt import TEMPLATES, PromptTemplate
+
+logger = logging.getLogger(__name__)
+
+ADAPTER_RECORD = "qwen3_reranker.json"
+"""File beside an adapter's weights that records what it was trained with."""
+
+_ADAPTER_FILE = "adapter_model.safetensors"
+_SHAPE = (
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "tie_word_embeddings",
+)  # fmt: skip
+_SAMPLED = 1024
+
+
+def fingerprint(full: Any) -> str:
+    """Return a hash of a base's shape and of a fixed sample of its weights.
+
+    Samples are rounded to bfloat16, so that it does not matter in which dtype the base is loaded.
+    Takes milliseconds, and tells apart bases of the same shape, which an adapter would fit without
+    a word.
+    """
+    decoder = full.base_model
+    layers = decoder.layers
+    tensors = [decoder.embed_tokens.weight, decoder.norm.weight]
+    for layer in (layers[0], layers[len(layers) // 2], layers[-1]):
+        tensors += [layer.self_attn.q_proj.weight, layer.mlp.down_proj.weight]
+    digest = hashlib.sha256(
+        json.dumps({name: getattr(full.config, name) for name in _SHAPE}).encode()
+    )
+    for tensor in tensors:
+        flat = tensor.detach().flatten()
+        sample = flat[:: max(len(flat) // _SAMPLED, 1)].to("cpu", torch.bfloat16)
+        digest.update(sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def recorded_template(asked: PromptTemplate | None, folder: Path) -> PromptTemplate | None:
+    """Return the template asked for or recorded by the adapter; None leaves it to the tokenizer.
+
+    Raises:
+        ModelLoadError: If the record names another template, or cannot be read.
+    """
+    record_file = folder / ADAPTER_RECORD
+    if not record_file.is_file():
+        _warn_once(folder)
+        return asked
+    try:
+        record = read_json(record_file)["template"]
+        recorded_id, recorded_hash = record["id"], record["hash"]
+    except (KeyError, TypeError) as error:
+        raise ModelLoadError(
+            f"'{record_file}' has no template id and hash. Train the adapter again, or delete the "
+            "file to load it unchecked."
+        ) from error
+    known = asked or TEMPLATES.get(recorded_id)
+    if known is None or (known.id, known.hash) != (recorded_id, recorded_hash):
+        here = f"{known.id!r} ({known.hash[:12]})" if known else "unknown"
+        raise ModelLoadError(
+            f"adapter '{folder}' was trained with template {recorded_id!r} "
+            f"({recorded_hash[:12]}), but the prompt here is {here}, which would change its "
+            "scores. Pass template=None, or the PromptTemplate that trained it."
+        )
+    return known
+
+
+def merge_adapter(full: Any, folder: Path) -> Any:
+    """Return the model with LoRA weights merged into it, in the model's dtype.
+
+    Raises:
+        ModelLoadError: If the adapter has no safetensors file or does not fit the model.
+    """
+    if not (folder / _ADAPTER_FILE).is_file():
+        raise ModelLoadError(
+            f"adapter '{folder}' has no adapter_model.safetensors. Save it with "
+            "save_pretrained; pickled weights are never read."
+        )
+    try:
+        from peft import PeftModel, get_peft_model_state_dict
+    except ImportError as error:
+        raise ModelLoadError(
+            f"adapter '{folder}' needs peft, which is not installed. Run: "
+            'pip install "qwen3-reranker[finetune]"'
+        ) from error
+    _refuse_adapter(full, folder)
+    _refuse_other_base(full, folder)
+    try:
+        tuned = PeftModel.from_pretrained(full, folder)
+        # By itself peft asks the Hub whether the vocabulary has grown; embeddings never train.
+        wanted = set(get_peft_model_state_dict(tuned, save_embedding_layers=False))
+        with safe_open(str(folder / _ADAPTER_FILE), "pt") as file:
+            stored = set(file.keys())
+        if wanted != stored:
+            raise ValueError(f"{len(wanted ^ stored)} tensors have no counterpart")
+        return tuned.merge_and_unload(safe_merge=True)
+    except Exception as error:
+        raise ModelLoadError(
+            f"adapter '{folder}' does not fit the base model ({type(error).__name__}). Load it on "
+            "the base it was trained on."
+        ) from error
+
+
+def _refuse_adapter(full: Any, folder: Path) -> None:
+    """Refuse an adapter whose merge would lose its head or change tied weights it never saw."""
+    settings = read_json(folder / "adapter_config.json")
+    wanted = "CAUSAL_LM" if hasattr(full, "lm_head") else "SEQ_CLS"
+    problem = None
+    if settings.get("task_type") not in (wanted, None):
+        problem = f"it was trained for {settings['task_type']}, this base is {wanted}"
+    elif full.config.tie_word_embeddings and {"lm_head", "embed_tokens"} & set(
+        settings.get("target_modules") or ()
+    ):
+        problem = "it adapts an embedding that this base ties to its head, which no merge can keep"
+    if problem:
+        raise ModelLoadError(
+            f"adapter '{folder}' does not fit the base model: {problem}. Load it on the base it "
+            "was trained on, or train it without those modules."
+        )
+
+
+def _refuse_other_base(full: Any, folder: Path) -> None:
+    """Refuse a base other than the one recorded; older records name no fingerprint."""
+    file = folder / ADAPTER_RECORD
+    recorded = (read_json(file).get("base") or {}).get("fingerprint") if file.is_file() else None
+    if recorded is not None and recorded != fingerprint(full):
+        name = read_json(file)["base"].get("name")
+        raise ModelLoadError(
+            f"adapter '{folder}' was trained on other weights than these (recorded base: "
+            f"{name!r}), so its scores would mean nothing. Load it on that base, in the revision "
+            "it was trained on."
+        )
+
+
+@cache
+def _warn_once(folder: Path) -> None:
+    logger.warning(
+        "Adapter '%s' has no %s, so neither its prompt nor its base can be checked.",
+        folder,
+        ADAPTER_RECORD,
+    )
