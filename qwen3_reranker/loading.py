@@ -97,10 +97,9 @@ def load_model(
     refuse_unsupported(config, model)
     serving_dtype, dtype_reason = _choose_dtype(dtype, torch_device, config)
     adapter_folder = None if adapter is None else locate(adapter, None)[0]
-    chosen_template = (
-        template if adapter_folder is None else recorded_template(template, adapter_folder)
-    )
-    tokenizer = PromptTokenizer(read_tokenizer(folder, gguf_file), chosen_template)
+    if adapter_folder is not None:
+        template = recorded_template(template, adapter_folder)
+    tokenizer = PromptTokenizer(read_tokenizer(folder, gguf_file), template)
 
     # An adapter is merged in float32, otherwise the checkpoint's own dtype holds the head exactly.
     loading_dtype = "auto" if adapter_folder is None and gguf_file is None else torch.float32

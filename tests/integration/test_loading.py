@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from qwen3_reranker import InputError, ModelLoadError, NonFiniteScoreError, Reranker
-from qwen3_reranker.adapters import ADAPTER_RECORD
+from qwen3_reranker.adapters import ADAPTER_RECORD, fingerprint
 from qwen3_reranker.embedded import find_gguf
 from qwen3_reranker.loading import load_model
 from qwen3_reranker.prompt import TEMPLATES
@@ -341,12 +342,30 @@ def test_adapter_of_a_tied_head_is_refused(checkpoint: Callable[..., Path], adap
         load_model(str(checkpoint()), adapter=str(adapter))
 
 
-def test_adapter_without_a_record_warns(
+def test_adapter_without_a_record_warns_once(
     checkpoint: Callable[..., Path], adapter: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
         load_model(str(checkpoint()), adapter=str(adapter))
-    assert ADAPTER_RECORD in caplog.text
+        load_model(str(checkpoint()), adapter=str(adapter))
+    assert caplog.text.count(ADAPTER_RECORD) == 1
+
+
+def test_adapter_refuses_other_weights_of_the_same_shape(
+    checkpoint: Callable[..., Path], adapter: Path
+) -> None:
+    template = TEMPLATES["qwen3-reranker"]
+    full = transformers.AutoModelForCausalLM.from_pretrained(checkpoint())
+    content: dict[str, Any] = {"template": {"id": template.id, "hash": template.hash}}
+    record(adapter, {**content, "base": {"name": "ours", "fingerprint": fingerprint(full)}})
+    assert fingerprint(full.to(torch.bfloat16)) == fingerprint(full.to(torch.float32))
+    load_model(str(checkpoint()), adapter=str(adapter))
+    with pytest.raises(
+        ModelLoadError, match=r"trained on other weights .* \(recorded base: 'ours'"
+    ):
+        load_model(str(checkpoint(seed=1)), adapter=str(adapter))
+    record(adapter, content)  # as older versions wrote it
+    load_model(str(checkpoint(seed=1)), adapter=str(adapter))
 
 
 def record(adapter: Path, content: Any) -> None:
