@@ -360,9 +360,7 @@ def test_adapter_refuses_other_weights_of_the_same_shape(
     record(adapter, {**content, "base": {"name": "ours", "fingerprint": fingerprint(full)}})
     assert fingerprint(full.to(torch.bfloat16)) == fingerprint(full.to(torch.float32))
     load_model(str(checkpoint()), adapter=str(adapter))
-    with pytest.raises(
-        ModelLoadError, match=r"trained on other weights .* \(recorded base: 'ours'"
-    ):
+    with pytest.raises(ModelLoadError, match=r"trained on other weights .*'ours'"):
         load_model(str(checkpoint(seed=1)), adapter=str(adapter))
     record(adapter, content)  # as older versions wrote it
     load_model(str(checkpoint(seed=1)), adapter=str(adapter))
