@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: demo test check oldest gpu clean
+.PHONY: demo test check oldest soak gpu clean
 
 # The main job on a small model that comes as a package: core, LangChain, LlamaIndex.
 demo: .venv/demo
@@ -23,6 +23,11 @@ check: .venv/test
 oldest: .venv/oldest
 	.venv/oldest/bin/python -m pytest -q -W default \
 		tests/integration/test_contracts.py tests/integration/test_frameworks.py
+
+# Threads and tasks through all paths at once, for MINUTES.
+MINUTES ?= 30
+soak: .venv/test
+	$(BIN)/python -m tests.soak --minutes $(MINUTES)
 
 # On a machine with CUDA, in the environment that is active.
 gpu:
