@@ -23,6 +23,7 @@ from qwen3_reranker.candidates import CandidateList, ndcg_at_10, read_candidates
 from qwen3_reranker.engine import Engine
 from qwen3_reranker.errors import DataError
 from qwen3_reranker.loading import attention_budget
+from qwen3_reranker.packing import Budget
 
 from .metrics import ScoredSet, alarms, calibration, compare, heuristics, measure, spread
 from .report import Report, SetReport, summary_lines, write_report
@@ -57,8 +58,10 @@ class Evaluation:
         engine = Engine(
             network.score,
             backend=self.trainee.backend,
-            max_batch_tokens=self.max_batch_tokens,
-            max_attention_tokens=attention_budget(self.trainee.backend, self.max_batch_tokens),
+            budget=Budget(
+                self.max_batch_tokens,
+                attention_budget(self.trainee.backend, self.max_batch_tokens),
+            ),
         )
 
         def score(each: CandidateList) -> list[float]:
