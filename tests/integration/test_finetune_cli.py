@@ -125,7 +125,7 @@ def test_train_goes_on_from_an_adapter(
     assert _ndcg(report, "mean_before") == pytest.approx(_ndcg(before, "mean_after"))
     for flags, message in (
         (["--lora_r", "4"], "its r is 16, this run's 4"),
-        (["--lora_target_modules", "q_proj"], "it adapts other modules"),
+        (["--lora_target_modules", "q_proj", "k_proj"], "it adapts other modules"),
         (["--use_peft", "false"], "this run trains every weight"),
     ):
         assert train(*again, *flags)[0] == 2
