@@ -215,8 +215,15 @@ class Engine:
             self._owner.join()
 
     def _run(self) -> None:
-        while self._admit():
-            self._serve_pack()
+        is_open = True
+        while is_open:
+            try:
+                is_open = self._admit()
+                if is_open:
+                    self._serve_pack()
+            except BaseException as error:  # a fault of this file: nobody may wait for ever
+                for request in list(self._active):
+                    self._fail(request, error)
         for request in self._active:
             request.future.set_exception(
                 ClosedError("the reranker was closed while this call was scored.")

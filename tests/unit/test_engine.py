@@ -25,6 +25,7 @@ from qwen3_reranker import (
     Qwen3RerankerError,
     ReentryError,
 )
+from qwen3_reranker import engine as engine_module
 from qwen3_reranker.engine import Engine, PackRecord, Scores
 from qwen3_reranker.packing import Budget, Pack
 from qwen3_reranker.runtime import Runtime
@@ -462,6 +463,25 @@ def test_call_from_the_owner_thread_is_refused(make: Callable[..., Engine]) -> N
     engine = make(last_id)
     with pytest.raises(ReentryError, match="would wait for itself"):
         engine.submit([group(1)], progress=call).result(TIMEOUT_S)
+    assert log_odds(engine.submit([group(2)])) == [[2]]
+
+
+@pytest.mark.parametrize("name", ["merge_duplicates", "build_pack"])
+def test_fault_outside_the_model_leaves_nobody_waiting(
+    make: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    real, calls = getattr(engine_module, name), []
+
+    def fail_once(*args: Any, **settings: Any) -> Any:
+        calls.append(name)
+        if len(calls) == 1:
+            raise MemoryError("no room to plan")
+        return real(*args, **settings)
+
+    engine = make(last_id)
+    monkeypatch.setattr(engine_module, name, fail_once)
+    with pytest.raises(MemoryError, match="no room to plan"):
+        engine.submit([group(1)]).result(TIMEOUT_S)
     assert log_odds(engine.submit([group(2)])) == [[2]]
 
 
