@@ -117,10 +117,7 @@ def _attend_documents(
         torch.split(tensor[:, :, row], lengths, dim=2) for tensor in (query, key, value)
     )
     if outside is not None:
-        k_head, v_head = (
-            torch.cat([beginning, own], dim=2)
-            for beginning, own in zip(outside, (k_head, v_head), strict=True)
-        )
+        k_head, v_head = _behind(outside, k_head, v_head)
     outputs = []
     if lengths[0]:
         mask = _tail_mask(q_head, k_head.shape[2] - lengths[0], lengths[0])
@@ -156,6 +153,13 @@ def _attend_tail(
     return sdpa(query, key, value, attn_mask=corner, scale=scaling, enable_gqa=True)
 
 
+def _behind(
+    outside: tuple[torch.Tensor, torch.Tensor], key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return keys and values with those of the head's beginning before them."""
+    return torch.cat([outside[0], key], dim=2), torch.cat([outside[1], value], dim=2)
+
+
 def _tail_mask(like: torch.Tensor, before: int, length: int) -> torch.Tensor:
     """Return what `length` tokens see after `before` others; fewer tokens use a corner."""
     return like.new_ones(length, before + length, dtype=torch.bool).tril(before)
@@ -184,10 +188,7 @@ def _attend_padded(
     num_outside = 0
     if outside is not None:
         num_outside = outside[0].shape[2]
-        key, value = (
-            torch.cat([beginning, own], dim=2)
-            for beginning, own in zip(outside, (key, value), strict=True)
-        )
+        key, value = _behind(outside, key, value)
     head = span.head.stop - start  # rows of the head that ask
     num_head = num_outside + head
     lengths = torch.tensor([d.stop - d.start for d in span.documents], device=query.device)

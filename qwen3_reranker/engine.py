@@ -337,8 +337,7 @@ class Engine:
 
     def _halve(self, parts: _Parts) -> None:
         """Score both halves of a pack that did not fit, and make smaller packs from now on."""
-        alone = [(request, replace(seat, documents=(d,)))
-                 for request, seats in parts for seat in seats for d in seat.documents]  # fmt: skip
+        alone = _singly(parts)
         if len(alone) == 1:
             request, seat = alone[0]
             self._fail(request, DocumentTooLargeError(
@@ -378,8 +377,7 @@ class Engine:
 
     def _corrected(self, parts: _Parts, scored: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the scores with those that are not finite computed again, once."""
-        alone = [(request, replace(seat, documents=(d,), num_cached=0))
-                 for request, seats in parts for seat in seats for d in seat.documents]  # fmt: skip
+        alone = [(request, replace(seat, num_cached=0)) for request, seat in _singly(parts)]
         bad = np.flatnonzero(~np.isfinite(scored))
         logger.warning("Scores that were not finite are computed again: %d.", len(bad))
         assert self._rescore is not None  # noqa: S101
@@ -463,6 +461,16 @@ def _num_tokens(request: _Request, seat: Seat) -> int:
     group = request.groups[seat.group]
     head = len(group.head) - seat.num_cached
     return head + sum(len(group.documents[d]) for d in seat.documents)
+
+
+def _singly(parts: _Parts) -> list[tuple[_Request, Seat]]:
+    """Return a seat for each document of a pack, in its order."""
+    return [
+        (request, replace(seat, documents=(d,)))
+        for request, seats in parts
+        for seat in seats
+        for d in seat.documents
+    ]
 
 
 def _regroup(alone: Sequence[tuple[_Request, Seat]]) -> _Parts:
