@@ -117,14 +117,15 @@ def load_model(
     backend, backend_reason = choose_backend(torch_device, serving_dtype, attention_sizes(config))
     if max_batch_tokens is None:
         max_batch_tokens = default_batch_tokens(torch_device, config, serving_dtype)
-    network.prunes = torch_device.type == "cpu"
+    network.is_lean = torch_device.type == "cpu"
     try:
         self_test(network, tokenizer, backend, config.max_position_embeddings)
     except Exception as error:
-        if not network.prunes:
+        if not network.is_lean:
             raise
-        logger.warning("The last layer runs whole: pruned, it failed (%s).", type(error).__name__)
-        network.prunes = False
+        logger.warning("Layers run as transformers has them: lean, they failed (%s).",
+                       type(error).__name__)  # fmt: skip
+        network.is_lean = False
         self_test(network, tokenizer, backend, config.max_position_embeddings)
     return LoadedModel(
         network=network,
@@ -143,7 +144,9 @@ def load_model(
             "device": str(torch_device),
             "dtype": f"{str(serving_dtype).removeprefix('torch.')} ({dtype_reason})",
             "attention": f"{backend} ({backend_reason})",
-            "last layer": "pruned to each document's last token" if network.prunes else "whole",
+            "layers": "lean: in place, the last one for last tokens alone"
+            if network.is_lean
+            else "as transformers has them",
             "template": f"{tokenizer.template.id} ({tokenizer.template.hash[:12]})",
             "token budget": f"{max_batch_tokens} per pack",
             "head cache": "off, exact" if exact else f"{max_cached_tokens} tokens",
@@ -271,7 +274,7 @@ def self_test(
         layers=copy.deepcopy(decoder.layers[:2]).float(),
         norm=decoder.norm,
     )
-    probe = YesNoCrossEncoder(shallow, network.head, prunes=network.prunes)
+    probe = YesNoCrossEncoder(shallow, network.head, is_lean=network.is_lean)
     groups = [
         tokenizer.encode_group("Test", query, documents, max_length=min(1024, max_positions))
         for query, documents in (("a b", ["", "one two three", "word " * 600]), ("c", ["x", "y z"]))

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from .attention import Prepared, prepare
 from .head_cache import HeadCache, KeyValues
+from .layers import last_layer, run_layer
 from .packing import Pack
-from .pruning import last_layer
 from .tokenization import TokenIds
 
 
@@ -33,8 +33,8 @@ class YesNoCrossEncoder(torch.nn.Module):
         decoder: A transformers decoder with `embed_tokens`, `rotary_emb`, `layers` and `norm`,
             loaded with the attention of `attention.NAME`.
         head: `W[yes] - W[no]` in float32 on the decoder's device, shape (hidden,).
-        prunes: Whether packs skip what no score needs of the last layer. Not for training: hooks
-            of sharded layers would not run.
+        is_lean: Whether packs run through `layers`, which skips and overwrites what no score needs.
+            Not for training: gradients need what is overwritten, hooks of layers would not run.
         max_cached_tokens: Tokens of heads' beginnings that are kept, see `head_cache`.
     """
 
@@ -45,12 +45,12 @@ class YesNoCrossEncoder(torch.nn.Module):
         decoder: Any,
         head: torch.Tensor,
         *,
-        prunes: bool = False,
+        is_lean: bool = False,
         max_cached_tokens: int = 0,
     ) -> None:
         super().__init__()
         self.decoder = decoder
-        self.prunes = prunes
+        self.is_lean = is_lean
         # A plain attribute, so that casting the module never touches the row's float32.
         self.head = head
         self._beginnings = HeadCache(max_cached_tokens)
@@ -136,13 +136,14 @@ class YesNoCrossEncoder(torch.nn.Module):
         prepared = None if pack is None else self._prepare(pack)
         hidden, positions, rotary = self._embed(token_ids, position_ids)
         layers = self.decoder.layers
-        pruned = layers[-1] if self.prunes and prepared is not None else None
-        for layer in layers if pruned is None else layers[:-1]:
-            hidden = _run_layer(layer, hidden, positions, rotary, prepared=prepared)
-        if pruned is None or prepared is None:
-            last = hidden[0, last_tokens]
+        if self.is_lean and prepared is not None:
+            for layer in layers[:-1]:
+                hidden = run_layer(layer, hidden, rotary, prepared)
+            last = last_layer(layers[-1], hidden, rotary, prepared)
         else:
-            last = last_layer(pruned, hidden, rotary, prepared)
+            for layer in layers:
+                hidden = _run_stock_layer(layer, hidden, positions, rotary, prepared=prepared)
+            last = hidden[0, last_tokens]
         with torch.autocast(self.device.type, enabled=False):
             normed: torch.Tensor = self.decoder.norm(last.float())
         return normed
@@ -167,11 +168,11 @@ class YesNoCrossEncoder(torch.nn.Module):
         captured: KeyValues = []
         hidden, positions, rotary = self._embed(ids.astype(np.int64), np.arange(len(ids)))
         for layer in self.decoder.layers:
-            hidden = _run_layer(layer, hidden, positions, rotary, captured=captured)
+            hidden = _run_stock_layer(layer, hidden, positions, rotary, captured=captured)
         return captured
 
 
-def _run_layer(
+def _run_stock_layer(
     layer: Any,
     hidden: torch.Tensor,
     positions: torch.Tensor,

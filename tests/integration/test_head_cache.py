@@ -64,10 +64,10 @@ def test_instruction_is_computed_once_for_all_its_queries(
 
 
 @pytest.mark.parametrize("backend", ["documents", "padded"])
-@pytest.mark.parametrize("prunes", [False, True])
-def test_layouts_score_alike(checkpoint: Callable[..., Path], backend: str, prunes: bool) -> None:
+@pytest.mark.parametrize("is_lean", [False, True])
+def test_layouts_score_alike(checkpoint: Callable[..., Path], backend: str, is_lean: bool) -> None:
     loaded = load_model(str(checkpoint()), dtype="float32", device="cpu")
-    loaded.network.prunes = prunes
+    loaded.network.is_lean = is_lean
     group = loaded.tokenizer.encode_group(None, "water", DOCUMENTS, max_length=512)
     groups, _ = merge_duplicates([group])
     scores = []

@@ -18,7 +18,7 @@ TORCH_FILES = {
     "doctor.py",
     "loading.py",
     "model.py",
-    "pruning.py",
+    "layers.py",
     "varlen.py",
 }
 FIRST_PARTY = {"finetune", "langchain_qwen3_reranker", "llama_index", "tests", "benchmarks"}
