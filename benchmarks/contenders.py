@@ -26,8 +26,12 @@ from .workload import DisagreementError, count_tokens
 Batch: TypeAlias = Sequence[tuple[str, list[str]]]
 
 OURS = "qwen3-reranker"
+OURS_INT8 = "qwen3-reranker, int8"
 OFFICIAL = "official script"
-NAMES = (OFFICIAL, "official, last logits", "transformers, sorted", "sentence-transformers", OURS)
+NAMES = (
+    OFFICIAL, "official, last logits", "transformers, sorted", "sentence-transformers",
+    OURS, OURS_INT8,
+)  # fmt: skip
 OFFICIAL_BATCH = 8
 _MAX_LENGTH = 8192
 _SORTED_TOKENS = 2048
@@ -136,19 +140,24 @@ def load(folder: Path, dtype: str, device: str, names: Sequence[str] = NAMES) ->
             return scores
 
         contenders.append(Contender("sentence-transformers", predict, count_tokens(encoder.model)))
-    if OURS in names:
-        reranker = Reranker(str(folder), dtype=dtype, device=device)
-
-        def rank(batch: Batch) -> list[float]:
-            rankings = reranker.rank_many([query for query, _ in batch], [t for _, t in batch])
-            return [
-                result.score
-                for ranking in rankings
-                for result in sorted(ranking, key=lambda result: result.index)
-            ]
-
-        contenders.append(Contender(OURS, rank, lambda: reranker.usage.tokens))
+    for name, ours in ((OURS, dtype), (OURS_INT8, "int8")):
+        if name in names:
+            reranker = Reranker(str(folder), dtype=ours, device=device)
+            contenders.append(Contender(name, partial(_rank, reranker), partial(_tokens, reranker)))
     return [contender for contender in contenders if contender.name in names]
+
+
+def _rank(reranker: Reranker, batch: Batch) -> list[float]:
+    rankings = reranker.rank_many([query for query, _ in batch], [texts for _, texts in batch])
+    return [
+        result.score
+        for ranking in rankings
+        for result in sorted(ranking, key=lambda result: result.index)
+    ]
+
+
+def _tokens(reranker: Reranker) -> int:
+    return reranker.usage.tokens
 
 
 def check_agreement(contenders: Sequence[Contender], batch: Batch, tolerance: float) -> str:
@@ -157,10 +166,14 @@ def check_agreement(contenders: Sequence[Contender], batch: Batch, tolerance: fl
     Raises:
         DisagreementError: If they differ by more than `tolerance`, or scores hardly vary.
     """
-    scores = np.array([contender.score(batch) for contender in contenders])
+    every = {contender.name: contender.score(batch) for contender in contenders}
+    of_int8 = every.pop(OURS_INT8, None)  # rounded by design: what it is off is told, not judged
+    if not every:
+        return "nothing to compare with"
+    scores = np.array(list(every.values()))
     difference, variation = np.ptp(scores, axis=0).max(), np.ptp(scores[0])
     if not difference <= tolerance:  # also when it is NaN
-        names = [contender.name for contender in contenders]
+        names = list(every)
         from_first = np.abs(scores - scores[0]).max(axis=1)
         raise DisagreementError(
             f"scores differ by up to {difference:.2g}, but only {tolerance} is allowed. Apart from "
@@ -169,4 +182,7 @@ def check_agreement(contenders: Sequence[Contender], batch: Batch, tolerance: fl
         )
     if scores.shape[1] > 1 and variation < _LEAST_VARIATION:
         raise DisagreementError(f"scores vary by {variation:.2g} only, so agreement shows nothing")
-    return f"scores agree within {difference:.1e} and vary by {variation:.2f}"
+    told = f"scores agree within {difference:.1e} and vary by {variation:.2f}"
+    if of_int8 is not None:
+        told += f"; int8 is off by up to {np.abs(scores[0] - of_int8).max():.2f}"
+    return told

@@ -38,7 +38,16 @@ from tests.real_parts import (
     save_random_qwen3,
 )
 
-from .contenders import NAMES, OFFICIAL, OURS, TOLERANCES, Batch, check_agreement, load
+from .contenders import (
+    NAMES,
+    OFFICIAL,
+    OURS,
+    OURS_INT8,
+    TOLERANCES,
+    Batch,
+    check_agreement,
+    load,
+)
 from .floor import best_rate, least_flops
 from .workload import (
     DisagreementError,
@@ -285,6 +294,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if min(*args.depths, args.rounds, args.threads) < 1 or len(args.depths) > 2:
         parser.error("--depths (one or two), --rounds and --threads must be at least 1")
+    if args.device != "cpu":
+        args.contenders = [name for name in args.contenders if name != OURS_INT8]
     return args
 
 

@@ -18,6 +18,7 @@ from . import __version__
 from .candidates import CandidateList, ndcg_at_10, read_candidates
 from .embedded import EMBEDDED
 from .errors import InputError, MissingExtraError, Qwen3RerankerError
+from .inputs import DTYPES
 from .jsonl import STDIN, parse_rows, read_lines
 from .prompt import TEMPLATES
 from .results import RankedDocument, cut_ranking
@@ -105,7 +106,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_device_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--dtype", choices=DTYPES)
     parser.add_argument("--device", help="such as cpu or cuda:1")
 
 

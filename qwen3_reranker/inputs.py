@@ -16,7 +16,7 @@ import numpy as np
 from .errors import InputError
 from .prompt import TEMPLATES, PromptTemplate
 
-_DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
 def query(value: Any, name: str = "query") -> str:
@@ -237,9 +237,9 @@ def dtype(value: Any) -> str | None:
         InputError: If it is no dtype that models run in.
     """
     name = None if value is None else str(value).removeprefix("torch.")
-    if name is not None and name not in _DTYPES:
+    if name is not None and name not in DTYPES:
         raise InputError(
-            f"dtype must be one of {', '.join(_DTYPES)} or None, got {value!r}. Use None for the "
+            f"dtype must be one of {', '.join(DTYPES)} or None, got {value!r}. Use None for the "
             "default of checkpoint and device."
         )
     return name

@@ -359,7 +359,7 @@ def test_empty_standard_input_is_no_documents(
         ([], "command"),
         (["unknown"], "invalid choice: 'unknown'"),
         (["rank", "-n", "two", "-q", QUERY, "doc"], "invalid int value: 'two'"),
-        (["rank", "--dtype", "int8", "-q", QUERY, "doc"], "invalid choice: 'int8'"),
+        (["rank", "--dtype", "int4", "-q", QUERY, "doc"], "invalid choice: 'int4'"),
         (["rank", "--template", "none", "-q", QUERY, "doc"], "invalid choice: 'none'"),
         (["rank", "--nonsense"], "--nonsense"),
     ],

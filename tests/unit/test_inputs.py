@@ -158,8 +158,11 @@ def test_bad_call_is_named_before_any_model_work(call: Call, fragment: str) -> N
         ({"max_length": None}, "max_length must be an integer of at least 1, got None"),
         ({"max_batch_tokens": 0}, "max_batch_tokens must be an integer of at least 1, got 0"),
         ({"max_batch_tokens": "9"}, "max_batch_tokens must be an integer of at least 1, got '9'"),
-        ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16 or None, got 'int8'"),
-        ({"dtype": 16}, "dtype must be one of float32, bfloat16, float16 or None, got 16"),
+        (
+            {"dtype": "int4"},
+            "dtype must be one of float32, bfloat16, float16, int8 or None, got 'int4'",
+        ),
+        ({"dtype": 16}, "dtype must be one of float32, bfloat16, float16, int8 or None, got 16"),
         ({"adapter": ""}, "adapter is blank"),
         ({"adapter": 3}, "adapter must be a Hub name or a path, got int"),
         ({"template": "none"}, "template must be one of qwen3-reranker, published-eval, chatml"),
@@ -245,5 +248,5 @@ def test_torch_dtypes_are_accepted() -> None:
     import torch
 
     Reranker("model", dtype=torch.bfloat16)
-    with pytest.raises(InputError, match=r"got torch\.int8"):
-        Reranker("model", dtype=torch.int8)
+    with pytest.raises(InputError, match=r"got torch\.int16"):
+        Reranker("model", dtype=torch.int16)
