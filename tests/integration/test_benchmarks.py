@@ -1,4 +1,4 @@
-"""The training benchmark on tiny widths: it runs, and refuses to time different work."""
+"""Benchmarks on tiny widths: they run, refuse to time different work, and show no growth."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import training
+from benchmarks import growth, training
 from benchmarks.trainers import load_ours, load_plain
+from benchmarks.workload import in_new_process
 from tests.official import SUFFIX
 
 
@@ -42,3 +43,29 @@ def test_training_benchmark_times_no_different_work(
     contenders = [load_ours(setting), load_plain(other, 8, False)]
     with pytest.raises(training.DisagreementError, match="Trainer, 8 pairs"):
         training.check_agreement(contenders, training.TOLERANCES["float32"])
+
+
+def peak_mb(folder: Path, series: str, size: int) -> float:
+    peak: float = in_new_process(growth.measure, str(folder), series, size, 1, 1).peak_mb
+    return peak
+
+
+@pytest.mark.slow  # processes that score for minutes
+def test_memory_does_not_grow_with_documents(checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint()
+    few, many = (peak_mb(folder, "documents", n) for n in (1000, 10_000))
+    print(f"{few:.0f} MB for 1,000 documents, {many:.0f} MB for 10,000")
+    assert many <= 1.1 * few
+
+
+@pytest.mark.slow
+def test_memory_is_linear_in_length_and_bounded_under_a_long_query(
+    checkpoint: Callable[..., Path],
+) -> None:
+    folder = checkpoint()
+    short, middle, long = (peak_mb(folder, "length", n) for n in (30, 8000, 32_000))
+    print(f"{short:.0f}, {middle:.0f}, {long:.0f} MB for 30, 8,000 and 32,000 tokens")
+    assert long - short <= 1.25 * (32_000 / 8000) * (middle - short)
+    brief, lengthy = (peak_mb(folder, "query", n) for n in (15, 4000))
+    print(f"{brief:.0f}, {lengthy:.0f} MB for a query of 15 and of 4,000 tokens, 500 documents")
+    assert lengthy <= 1.5 * brief

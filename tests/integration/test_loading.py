@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from time import process_time
 from types import SimpleNamespace
 from typing import Any
 
@@ -332,6 +333,19 @@ def test_adapter_is_merged_and_equals_the_live_one(
     assert tuned != pytest.approx(plain, abs=1e-2), "the adapter must change something"
     ours = log_odds(checkpoint(), adapter=str(adapter), dtype="float32")
     assert ours == pytest.approx(tuned, abs=5e-5)
+
+
+def test_adapter_costs_nothing_once_merged(checkpoint: Callable[..., Path], adapter: Path) -> None:
+    folder, documents = str(checkpoint()), [f"bread {i} " * 40 for i in range(20)]
+    rerankers = [Reranker(folder, device="cpu", adapter=path) for path in (None, str(adapter))]
+    seconds: list[list[float]] = [[], []]
+    for _ in range(8):  # in turn, so that what else the machine does meets both
+        for reranker, taken in zip(rerankers, seconds, strict=True):
+            start = process_time()
+            reranker.score("how long does dough rest", documents)
+            taken.append(process_time() - start)
+    plain, tuned = (min(row[1:]) for row in seconds)  # the first call loads
+    assert tuned <= 1.1 * plain
 
 
 def test_adapter_of_a_tied_head_is_refused(checkpoint: Callable[..., Path], adapter: Path) -> None:

@@ -113,3 +113,25 @@ def test_support_lists_are_not_given_away_by_order_or_length() -> None:
     by_chance = sum(1 / log2(rank + 2) for rank in range(10)) / 10  # 0.454
     for name, scores in heuristics(lists).items():
         assert mean(measure(ScoredSet(name, lists, scores))["nDCG@10"]) < by_chance + 0.05
+
+
+@pytest.mark.slow  # a training run: minutes
+def test_support_recipe_teaches_its_domain(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from benchmarks.domain import CONFIG, by_topic, train
+    from finetune.cli import parse_training, training_parser
+    from finetune.evaluate import Served, read_lists, saved_scores
+    from finetune.metrics import compare
+
+    ours, base, _ = parse_training(training_parser(), ["--config", CONFIG])
+    (lists,) = read_lists(ours.eval_file).values()
+    train(ours.train_file[0], 0, tmp_path / "adapter")
+    untuned = Served(base.name, max_length=ours.max_length)
+    before, after = (
+        by_topic(lists, saved_scores(served, {"dev": lists}, tmp_path)["dev"])
+        for served in (untuned, replace(untuned, adapter=str(tmp_path / "adapter")))
+    )
+    gain = compare(before, after)
+    assert gain.difference > 0.1
+    assert gain.p_value < 0.05
