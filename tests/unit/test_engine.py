@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,12 @@ from qwen3_reranker import (
     OverloadedError,
     Qwen3RerankerError,
     ReentryError,
+    faults,
+    request,
 )
-from qwen3_reranker import engine as engine_module
-from qwen3_reranker.engine import Engine, PackRecord, Scores
+from qwen3_reranker.engine import Engine, PackRecord
 from qwen3_reranker.packing import Budget, Pack
+from qwen3_reranker.request import Scores
 from qwen3_reranker.runtime import Runtime
 from qwen3_reranker.tokenization import EncodedGroup
 
@@ -466,11 +469,13 @@ def test_call_from_the_owner_thread_is_refused(make: Callable[..., Engine]) -> N
     assert log_odds(engine.submit([group(2)])) == [[2]]
 
 
-@pytest.mark.parametrize("name", ["merge_duplicates", "build_pack"])
+@pytest.mark.parametrize(
+    ("module", "name"), [(request, "merge_duplicates"), (faults, "build_pack")]
+)
 def test_fault_outside_the_model_leaves_nobody_waiting(
-    make: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, name: str
+    make: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str
 ) -> None:
-    real, calls = getattr(engine_module, name), []
+    real, calls = getattr(module, name), []
 
     def fail_once(*args: Any, **settings: Any) -> Any:
         calls.append(name)
@@ -479,7 +484,7 @@ def test_fault_outside_the_model_leaves_nobody_waiting(
         return real(*args, **settings)
 
     engine = make(last_id)
-    monkeypatch.setattr(engine_module, name, fail_once)
+    monkeypatch.setattr(module, name, fail_once)
     with pytest.raises(MemoryError, match="no room to plan"):
         engine.submit([group(1)]).result(TIMEOUT_S)
     assert log_odds(engine.submit([group(2)])) == [[2]]
