@@ -4,6 +4,7 @@ import json
 import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -210,10 +211,32 @@ def test_threads_share_the_tokenizer_without_races() -> None:
         assert list(pool.map(run, jobs)) == alone
 
 
-def changed_tokenizer(change: Callable[[dict[str, Any]], None]) -> str:
+FEW = 10_000
+"""Tokens of a tokenizer that is quickly built; "yes" and "no" are among them."""
+
+
+@cache
+def small_tokenizer() -> str:
+    """Return Qwen3's tokenizer without its rarer tokens."""
     state = json.loads(QWEN3_JSON)
+    vocabulary = {token: id for token, id in state["model"]["vocab"].items() if id < FEW}
+    state["model"]["vocab"] = vocabulary
+    state["model"]["merges"] = [m for m in state["model"]["merges"] if "".join(m) in vocabulary]
+    for i, token in enumerate(state["added_tokens"]):
+        token["id"] = FEW + i
+    return json.dumps(state)
+
+
+def changed_tokenizer(change: Callable[[dict[str, Any]], None]) -> str:
+    state = json.loads(small_tokenizer())
     change(state)
     return json.dumps(state)
+
+
+def test_control_the_small_tokenizer_itself_is_accepted() -> None:
+    small = PromptTokenizer(small_tokenizer())
+    assert small.template is TEMPLATES["qwen3-reranker"]
+    assert (small.yes_id, small.no_id) == (9693, 2152)
 
 
 def without(*contents: str) -> str:
@@ -248,7 +271,7 @@ def test_answer_of_several_tokens_is_refused() -> None:
 def test_tokenizer_that_merges_across_the_boundary_is_refused() -> None:
     def change(state: dict[str, Any]) -> None:
         state["pre_tokenizer"] = state["pre_tokenizer"]["pretokenizers"][1]  # no splitting at all
-        state["model"]["vocab"]["ĠĠplain"] = 151642
+        state["model"]["vocab"]["ĠĠplain"] = FEW - 1
         state["model"]["merges"] = [[":", "Ġ"], *state["model"]["merges"]]
         state["model"]["vocab"][":Ġ"] = state["model"]["vocab"].pop("ĠĠplain")
 
@@ -258,7 +281,7 @@ def test_tokenizer_that_merges_across_the_boundary_is_refused() -> None:
 
 def test_tokenizer_whose_text_spells_a_control_token_is_refused() -> None:
     def change(state: dict[str, Any]) -> None:
-        state["model"]["vocab"]["<think>"] = 151667
+        state["model"]["vocab"]["<think>"] = FEW + 24
         state["model"]["ignore_merges"] = True  # whole words are looked up before merging
         state["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": r"<think>|\s|\w+|\W"}
 
