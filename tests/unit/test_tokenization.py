@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import unicodedata
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
@@ -114,14 +115,66 @@ def test_nested_and_split_markers_stay_text() -> None:
     assert_no_control_ids(encode("q", documents))
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.text(), st.text(), st.text())
-def test_any_text_has_no_control_ids_and_keeps_suffix(
-    instruction: str, query: str, document: str
-) -> None:
+ANY_TEXT = st.lists(
+    st.text(st.characters(), max_size=30)  # every category, surrogates too
+    | st.sampled_from(real_parts.ADDED_TOKENS)
+    | st.sampled_from(["{}", "{0}", "%s", "\0", "<|im_", "end|>", "\n<Document>:", " "]),
+    max_size=6,
+).map("".join)
+
+
+def repaired(text: str) -> str:
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def check_any_text(instruction: str, query: str, document: str) -> bool:
+    """Assert what holds of every text; return whether it has official ids to compare with."""
     group = encode(query, [document], instruction=instruction)
     assert_no_control_ids(group)
+    assert group.head[:39].tolist() == TOKENIZER.prefix.tolist()
     assert group.documents[0][-9:].tolist() == TOKENIZER.suffix.tolist()
+    assert group.truncated == [False]
+    given_texts = (instruction, query, document)
+    assert group.num_repaired == sum(
+        any("\ud800" <= char <= "\udfff" for char in text) for text in given_texts
+    )
+    whole = official.format_body(*map(repaired, given_texts))
+    assert FULL.decode(body(group), skip_special_tokens=False) == unicodedata.normalize(
+        "NFC", whole
+    )
+    is_ordinary = not any(token in whole for token in real_parts.ADDED_TOKENS)
+    if is_ordinary:
+        assert body(group) == full_ids(whole)
+    return is_ordinary
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_any_text_is_official_but_for_control_tokens_which_stay_text(count: int) -> None:
+    kinds: list[bool] = []
+
+    @settings(max_examples=count, deadline=None, database=None)
+    @given(ANY_TEXT, ANY_TEXT, ANY_TEXT)
+    def check(instruction: str, query: str, document: str) -> None:
+        kinds.append(check_any_text(instruction, query, document))
+
+    check()
+    print(f"{len(kinds)} examples, {sum(kinds)} of them ordinary and equal to the official ids")
+    assert len(kinds) >= count
+    assert sum(kinds) > count / 10, "both kinds must be there"
+    assert sum(kinds) < count
+
+
+def test_control_any_text_reaches_what_the_guard_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    # With the full tokenizer in the place of the one without added tokens it must fail.
+    monkeypatch.setattr(TOKENIZER, "_plain", FULL)
+
+    @settings(max_examples=300, deadline=None, database=None, phases=[Phase.generate])
+    @given(ANY_TEXT, ANY_TEXT, ANY_TEXT)
+    def check(instruction: str, query: str, document: str) -> None:
+        assert_no_control_ids(encode(query, [document], instruction=instruction))
+
+    with pytest.raises(AssertionError):
+        check()
 
 
 def test_empty_and_blank_documents_are_encoded_as_they_are() -> None:
@@ -195,6 +248,24 @@ def test_lone_surrogates_are_repaired_and_counted(
     assert group.num_repaired == 1
     for mine, theirs in zip(group.documents, expected.documents, strict=True):
         assert mine.tolist() == theirs.tolist()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "one two", " two  spaces", "naïve 北京 👩\u200d🔬", "a\ud83db"]
+)
+def test_token_spans_are_places_in_the_document(text: str) -> None:
+    spans = TOKENIZER.token_spans(text)
+    assert len(spans) == len(full_ids(" " + repaired(text)))
+    assert spans[0][0] == 0
+    assert spans[-1][1] == len(text)
+    starts = [start for start, _ in spans]
+    assert starts == sorted(starts)
+    assert all(0 <= start <= stop <= len(text) for start, stop in spans)
+
+
+def test_token_spans_cut_words() -> None:
+    text = "one two three"
+    assert [text[a:b] for a, b in TOKENIZER.token_spans(text)] == ["one", " two", " three"]
 
 
 def test_threads_share_the_tokenizer_without_races() -> None:
