@@ -96,6 +96,18 @@ async def test_event_loop_runs_on_while_a_million_characters_are_scored(
     assert gap <= LONGEST_GAP_S
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["words", "cjk"])
+async def test_event_loop_runs_on_while_a_million_characters_are_read_in_windows(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    with fakes.loaded(monkeypatch, fakes.FakeModel()):
+        reranker = Reranker("model", window_score="max")
+        gap = await longest_gap(reranker, texts.long_families(MILLION)[name])
+    print(f"{name} in windows: longest gap of the event loop {1000 * gap:.1f} ms")
+    assert gap <= LONGEST_GAP_S
+
+
 async def test_control_an_encoder_that_holds_the_interpreter_stops_the_loop(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -458,6 +458,23 @@ def test_scores_that_are_not_finite_are_computed_again_once(make: Callable[..., 
         engine.submit([group(1, 77, 66)]).result(TIMEOUT_S)
 
 
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError])
+def test_second_try_that_fails_names_the_documents(
+    make: Callable[..., Engine], error: type[BaseException]
+) -> None:
+    def score(pack: Pack) -> NDArray[np.float32]:
+        ids = last_id(pack)
+        return np.where(ids > 60, np.float32(np.inf), ids)
+
+    def rescore(pack: Pack) -> NDArray[np.float32]:
+        raise error("no room for float32")
+
+    engine = make(score, rescore=rescore)
+    with pytest.raises(NonFiniteScoreError, match=r"the first is documents\[1\];"):
+        engine.submit([group(1, 66)]).result(TIMEOUT_S)
+    assert log_odds(engine.submit([group(1, 2)])) == [[1, 2]]
+
+
 def test_observers_are_told_of_each_pack(make: Callable[..., Engine], gate: Gate) -> None:
     engine, records = make(gate, budget=Budget(6)), []
 

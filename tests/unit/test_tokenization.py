@@ -258,8 +258,12 @@ def test_token_spans_are_places_in_the_document(text: str) -> None:
     assert len(spans) == len(full_ids(" " + repaired(text)))
     assert spans[0][0] == 0
     assert spans[-1][1] == len(text)
+    assert spans[len(spans) - 1] == spans[-1]
     starts = [start for start, _ in spans]
     assert starts == sorted(starts)
+    if repaired(text) == text:
+        offsets = FULL.encode(" " + text, add_special_tokens=False).offsets
+        assert list(spans) == [(max(a - 1, 0), max(b - 1, 0)) for a, b in offsets]
     assert all(0 <= start <= stop <= len(text) for start, stop in spans)
 
 
