@@ -43,6 +43,8 @@ _MOST = 500
 
 # (module, changed line, mutation) -> why no test can tell it from the original.
 _SPEED = "decides how long it takes, not what comes out"
+_NONE_TO_ADD = "the tokenizer without added tokens has no post-processor that would add any"
+_ONE_LENGTH = "both sides have one length whatever is given"
 _OVERWRITTEN = "is set again before it is read"
 EQUIVALENT = {
     **{
@@ -53,9 +55,27 @@ EQUIVALENT = {
         for step in (1, -1)
     },
     **{
+        ("tokenization", line, "False -> True"): _NONE_TO_ADD
+        for line in (
+            "(encoding,) = self._plain.encode_batch([text], add_special_tokens=False)",
+            "(encoding,) = self._plain.encode_batch_fast([text], add_special_tokens=False)",
+            "encodings = self._plain.encode_batch_fast(parts, add_special_tokens=False)",
+        )
+    },
+    **{
+        ("tokenization", line, "True -> False"): _ONE_LENGTH
+        for line in (
+            "for query, document in zip(_PROBES, reversed(_PROBES), strict=True):",
+            "for i, part, encoding in zip(chunk, parts, encodings, strict=True):",
+        )
+    },
+    **{
         ("packing", "self._cached = 0", change): _OVERWRITTEN
         for change in ("statement removed", "0 -> 1", "0 -> -1")
     },
+    (
+        "tokenization", "if not is_whole and len(encoding) < limit + _MARGIN:", "Lt -> LtE"
+    ): _SPEED,
     ("packing", "max_cached_tokens: int = 0", "0 -> -1"): "no beginning is that short either way",
 }  # fmt: skip
 

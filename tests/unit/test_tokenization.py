@@ -321,6 +321,55 @@ def without(*contents: str) -> str:
     return changed_tokenizer(change)
 
 
+def test_settings_of_the_file_that_add_cut_or_pad_are_left_out() -> None:
+    def change(state: dict[str, Any]) -> None:
+        first = state["added_tokens"][0]
+        special = {"SpecialToken": {"id": first["content"], "type_id": 0}}
+        state["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [special, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [special, {"Sequence": {"id": "A", "type_id": 0}},
+                     {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {
+                first["content"]: {
+                    "id": first["content"], "ids": [first["id"]], "tokens": [first["content"]]
+                }
+            },
+        }  # fmt: skip
+        state["truncation"] = {
+            "direction": "Right", "max_length": 7, "strategy": "LongestFirst", "stride": 0
+        }  # fmt: skip
+        state["padding"] = {
+            "strategy": {"Fixed": 3000}, "direction": "Right", "pad_to_multiple_of": None,
+            "pad_id": first["id"], "pad_type_id": 0, "pad_token": first["content"],
+        }  # fmt: skip
+
+    plain, other = PromptTokenizer(small_tokenizer()), PromptTokenizer(changed_tokenizer(change))
+    assert other.prefix.tolist() == plain.prefix.tolist()
+    assert other.suffix.tolist() == plain.suffix.tolist()
+    texts_of = ("Find", "a query", ["word " * 30, ""])
+    mine, theirs = (t.encode_group(*texts_of, max_length=2000) for t in (other, plain))
+    assert mine.head.tolist() == theirs.head.tolist()
+    assert [d.tolist() for d in mine.documents] == [d.tolist() for d in theirs.documents]
+
+
+def test_shared_beginning_is_what_queries_of_an_instruction_have_in_common() -> None:
+    for instruction in (None, "Find", "", "trailing space ", "\ud83d"):
+        groups = [
+            TOKENIZER.encode_group(instruction, query, [], max_length=512)
+            for query in ("apple tree", "zebra", "\n\n", "1", " ")
+        ]
+        first, second = (group.head.tolist() for group in groups[:2])
+        shared = groups[0].num_shared
+        assert first[:shared] == second[:shared]
+        assert first[shared] != second[shared]
+        for group in groups:
+            assert group.head[: group.num_shared].tolist() == first[: group.num_shared]
+        ordinary = instruction if instruction != "\ud83d" else "\ufffd"
+        ordinary = TOKENIZER.template.default_instruction if ordinary is None else ordinary
+        assert shared == 39 + len(full_ids(TOKENIZER.template.beginning(ordinary)))
+
+
 def test_tokenizer_without_think_gets_chatml() -> None:
     assert PromptTokenizer(without("<think>")).template is TEMPLATES["chatml"]
 
