@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from qwen3_reranker import TEMPLATES, InputError, ModelLoadError
-from qwen3_reranker.tokenization import EncodedGroup, PromptTokenizer
+from qwen3_reranker.tokenization import EncodedGroup, PromptTokenizer, _common_length
 from tests import official, real_parts, texts
 
 QWEN3_JSON = real_parts.qwen3_tokenizer_file().read_text(encoding="utf-8")
@@ -368,6 +368,15 @@ def test_shared_beginning_is_what_queries_of_an_instruction_have_in_common() -> 
         ordinary = instruction if instruction != "\ud83d" else "\ufffd"
         ordinary = TOKENIZER.template.default_instruction if ordinary is None else ordinary
         assert shared == 39 + len(full_ids(TOKENIZER.template.beginning(ordinary)))
+
+
+def test_common_length_ends_at_the_first_difference() -> None:
+    def common(a: list[int], b: list[int]) -> int:
+        return _common_length(np.array(a, np.int32), np.array(b, np.int32))
+
+    assert common([1, 2, 3, 4], [1, 9, 3, 8]) == 1
+    assert common([1, 2, 3], [1, 2, 3, 4]) == 3
+    assert common([7], [8]) == common([], [1]) == 0
 
 
 def test_tokenizer_without_think_gets_chatml() -> None:
