@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: demo test check oldest soak gpu clean
+.PHONY: demo test check oldest soak coverage mutation gpu clean
 
 # The main job on a small model that comes as a package: core, LangChain, LlamaIndex.
 demo: .venv/demo
@@ -28,6 +28,19 @@ oldest: .venv/oldest
 MINUTES ?= 30
 soak: .venv/test
 	$(BIN)/python -m tests.soak --minutes $(MINUTES)
+
+# Every branch of what no score may go wrong in, by its unit tests alone.
+COVERED = prompt tokenization packing request faults engine waiting
+coverage: .venv/test
+	$(BIN)/coverage run --branch --data-file=.venv/coverage \
+		--include="$(shell echo $(COVERED:%=qwen3_reranker/%.py) | tr ' ' ,)" \
+		-m pytest -q tests/unit/test_prompt.py tests/unit/test_tokenization.py \
+		tests/unit/test_packing.py tests/unit/test_engine.py tests/unit/test_reranker.py
+	$(BIN)/coverage report --data-file=.venv/coverage --show-missing --fail-under=100
+
+# Small changes to prompt, tokenization and packing that their unit tests must notice.
+mutation: .venv/test
+	$(BIN)/python -m tests.mutation
 
 # On a machine with CUDA, in the environment that is active.
 gpu:

@@ -1,7 +1,8 @@
 """Files of a checkpoint, read or refused.
 
-Decides which files and architectures are admitted. Only safetensors and GGUF are read, and no code
-of a checkpoint is ever run. Knows nothing of devices, prompts or scores.
+Decides which files and architectures are admitted. Only safetensors and GGUF are read, nothing that
+lies outside of the folder, and no code of a checkpoint is ever run. Knows nothing of devices,
+prompts or scores.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ def locate(model: str, revision: str | None) -> tuple[Path, str | None]:
     """Return the local folder of a checkpoint and, for a GGUF file, its name.
 
     Raises:
-        ModelLoadError: If it is neither on disk nor to be had from the Hub.
+        ModelLoadError: If it is neither on disk nor to be had from the Hub, or leads elsewhere.
     """
     if model in (EMBEDDED, EMBEDDED_BASE):
         return embedded_folder(model), None
     path = Path(model).expanduser()
     if path.is_dir():
+        _refuse_outsiders(path)
         return path, None
     if path.is_file():
         if path.suffix != ".gguf":
@@ -58,6 +60,7 @@ def locate(model: str, revision: str | None) -> tuple[Path, str | None]:
             f"model '{model}' could not be fetched from the Hub ({type(error).__name__}). Check "
             "the name, the connection and HF_TOKEN, or pass a local folder."
         ) from error
+    _refuse_outsiders(Path(folder))
     return Path(folder), None
 
 
@@ -80,10 +83,21 @@ def read_config(folder: Path, gguf_file: str | None) -> Any:
                 f"'{file}' asks for code of its own (auto_map), which is never run here. Use a "
                 "checkpoint in the standard Qwen3 format."
             )
+        if raw.get("transformers_weights") is not None:
+            _refuse_other_weights(
+                file, raw["transformers_weights"], ".safetensors", ".safetensors.index.json"
+            )
+        if (folder / "adapter_config.json").is_file():
+            raise ModelLoadError(
+                f"'{folder}' holds an adapter beside its model, which would be taken in unchecked. "
+                "Move the adapter's files to a folder of their own and pass that as adapter=."
+            )
         _refuse_decoder(raw.get("model_type"), folder)
     try:
         extra = {} if gguf_file is None else {"gguf_file": gguf_file}
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **extra)
+        config = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, **extra
+        )
     except Exception as error:
         raise ModelLoadError(
             f"the configuration of '{folder}' cannot be read ({type(error).__name__}). Fetch the "
@@ -109,7 +123,9 @@ def read_tokenizer(folder: Path, gguf_file: str | None) -> str:
             raise ModelLoadError(
                 f"'{folder}' has no tokenizer.json. Copy the one of the base model into it."
             )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, gguf_file=gguf_file, trust_remote_code=False
+        )
         state = json.loads(tokenizer.backend_tokenizer.to_str())
     except (OSError, ValueError) as error:
         raise ModelLoadError(
@@ -167,6 +183,7 @@ def read_weights(
             dtype=dtype,
             attn_implementation=attention,
             local_files_only=True,
+            trust_remote_code=False,
             output_loading_info=True,
             **extra,
         )
@@ -201,13 +218,55 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelLoadError(f"'{file}' is not valid JSON. Fetch it again.") from error
     if not isinstance(content, dict):
         raise ModelLoadError(
             f"'{file}' must hold an object, got {type(content).__name__}. Fetch it again."
         )
     return content
+
+
+def _refuse_outsiders(folder: Path) -> None:
+    """Refuse links that lead out of a folder, and an index that names anything but weights in it.
+
+    A snapshot in the Hub's cache is made of links to the blobs of its own repository.
+    """
+    try:
+        root = folder.resolve(strict=True)
+        targets = {
+            file: file.resolve(strict=True)
+            for pattern in ("*.json", "*.safetensors")
+            for file in sorted(folder.glob(pattern))
+        }
+    except (OSError, RuntimeError) as error:  # RuntimeError: a link to itself
+        raise ModelLoadError(
+            f"a link in '{folder}' leads nowhere ({type(error).__name__}). Fetch the checkpoint "
+            "again."
+        ) from error
+    places, repository = [root], root.parent.parent
+    if root.parent.name == "snapshots" and repository.name.startswith("models--"):
+        places.append(repository / "blobs")
+    for file, target in targets.items():
+        if not any(map(target.is_relative_to, places)):
+            raise ModelLoadError(
+                f"'{file}' is a link out of its folder, which is not followed: what it leads to "
+                "is not part of the checkpoint. Copy the file itself into the folder."
+            )
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        shards = read_json(index).get("weight_map")
+        for name in shards.values() if isinstance(shards, dict) else [shards]:
+            _refuse_other_weights(index, name, ".safetensors")
+
+
+def _refuse_other_weights(source: Path, name: object, *suffixes: str) -> None:
+    """Refuse to read weights by a name that is not of a safetensors file beside its source."""
+    is_plain = isinstance(name, str) and Path(name).name == name and "\\" not in name
+    if not is_plain or not str(name).endswith(suffixes):
+        raise ModelLoadError(
+            f"'{source}' names weights other than the safetensors files beside it, which are never "
+            "read. Fetch the checkpoint again, from a source you trust."
+        )
 
 
 def _refuse_decoder(model_type: object, folder: Path) -> None:

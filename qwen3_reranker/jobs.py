@@ -7,7 +7,7 @@ nothing of threads or models.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import monotonic
 
 from .errors import InputError
@@ -18,7 +18,7 @@ from .windows import Piece, WindowScore, encode_windows, fold
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A checked call: one instruction and one list of documents per query.
+    """A checked call: one instruction and one list of documents per query; its repr has no text.
 
     Attributes:
         queries: The queries.
@@ -27,9 +27,9 @@ class Job:
         deadline: When the call gives up, on the monotonic clock; None for never.
     """
 
-    queries: list[str]
-    documents: list[list[str]]
-    instructions: list[str | None]
+    queries: list[str] = field(repr=False)
+    documents: list[list[str]] = field(repr=False)
+    instructions: list[str | None] = field(repr=False)
     deadline: float | None = None
 
     @property

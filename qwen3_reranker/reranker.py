@@ -7,7 +7,6 @@ when a model is first needed.
 from __future__ import annotations
 
 import asyncio
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -16,16 +15,16 @@ from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from tqdm import tqdm
-
 from . import inputs
 from .embedded import EMBEDDED
-from .engine import Engine, PackRecord, Scores, ScoresFuture
-from .errors import ClosedError, InputError, TimedOutError
+from .engine import Engine, PackRecord
+from .errors import ClosedError, InputError
 from .jobs import EncodedJob, Job, Limits, Scored, align, encode_job, rank_all
 from .prompt import PromptTemplate
+from .request import Scores
 from .results import RankedDocument, Usage
 from .runtime import Runtime
+from .waiting import await_scores, wait
 from .windows import WindowScore
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
     from .loading import LoadedModel
 
 DEFAULT_MAX_LENGTH = 8192
-_PROGRESS_AFTER_S = 2.0
 
 
 class Reranker:
@@ -385,28 +383,14 @@ class Reranker:
         if not job.num_documents:
             return Scored.empty(job)
         encoded, engine = self._encode(job)
-        if not _is_watched():
-            return self._count(job, encoded, _wait(engine.submit(encoded.groups), job))
-        with tqdm(
-            total=job.num_documents, unit=" documents", desc="Reranking",
-            delay=_PROGRESS_AFTER_S, leave=False,
-        ) as bar:  # fmt: skip
-            future = engine.submit(encoded.groups, progress=bar.update)
-            return self._count(job, encoded, _wait(future, job))
+        return self._count(job, encoded, wait(engine, encoded, job))
 
     async def _ascore(self, job: Job) -> Scored:
         if not job.num_documents:
             return Scored.empty(job)
         # Encoding a long text takes a while and loading a model longer: neither on the loop.
         encoded, engine = await asyncio.to_thread(self._encode, job)
-        future = engine.submit(encoded.groups)
-        try:
-            scores = await asyncio.wait_for(asyncio.wrap_future(future), job.seconds_left())
-        except BaseException as error:
-            future.abandon()
-            _raise_if_late(error, job)
-            raise
-        return self._count(job, encoded, scores)
+        return self._count(job, encoded, await await_scores(engine, encoded, job))
 
     def _encode(self, job: Job) -> tuple[EncodedJob, Engine]:
         loaded, engine = self._open_runtime().load()
@@ -429,26 +413,3 @@ class Reranker:
             )
         rows = [row.tolist() for row in scores.log_odds]
         return align(encoded, rows, self._limits.window_score)
-
-
-def _wait(future: ScoresFuture, job: Job) -> Scores:
-    try:
-        return future.result(job.seconds_left())
-    except BaseException as error:  # KeyboardInterrupt, too, must not leave work behind
-        future.abandon()
-        _raise_if_late(error, job)
-        raise
-
-
-def _raise_if_late(error: BaseException, job: Job) -> None:
-    """Tell a call that took too long by a name of our own."""
-    if type(error) is TimeoutError and job.seconds_left() == 0:
-        raise TimedOutError(
-            f"the {job.num_documents} documents were not scored within timeout_s; what was left "
-            "was dropped. Allow more time, or send fewer."
-        ) from error
-
-
-def _is_watched() -> bool:
-    # Services run without stderr, where a bar would raise in the thread that scores.
-    return sys.stderr is not None and sys.stderr.isatty()

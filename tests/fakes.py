@@ -77,6 +77,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch, model: FakeModel) -> Iterator[Engine
         model.network.score,
         backend=model.backend,
         budget=model.budget,
+        rescore=getattr(model.network, "rescore", None),
     )
     monkeypatch.setattr(Runtime, "load", lambda self: (model, engine))
     yield engine

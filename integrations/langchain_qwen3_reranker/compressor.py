@@ -59,7 +59,9 @@ class Qwen3Reranker(BaseDocumentCompressor):
 
     _held: Scorer | None = PrivateAttr(default=None)
 
-    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(
+        extra="forbid", arbitrary_types_allowed=True, hide_input_in_errors=True
+    )
 
     @model_validator(mode="after")
     def _check_settings(self) -> Self:

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,13 @@ from qwen3_reranker import (
     OverloadedError,
     Qwen3RerankerError,
     ReentryError,
+    faults,
+    request,
 )
 from qwen3_reranker import engine as engine_module
-from qwen3_reranker.engine import Engine, PackRecord, Scores
+from qwen3_reranker.engine import Engine, PackRecord
 from qwen3_reranker.packing import Budget, Pack
+from qwen3_reranker.request import Scores
 from qwen3_reranker.runtime import Runtime
 from qwen3_reranker.tokenization import EncodedGroup
 
@@ -370,6 +374,27 @@ def test_memory_bound_is_remembered(make: Callable[..., Engine]) -> None:
     assert max(sizes) <= 7, "no pack is tried that cannot fit"
 
 
+def test_pack_beyond_the_budget_that_does_not_fit_leaves_the_budget_alone(
+    make: Callable[..., Engine],
+) -> None:
+    def score(pack: Pack) -> NDArray[np.float32]:
+        if len(pack.token_ids) == 24:
+            raise MemoryError
+        sizes.append(len(pack.token_ids))
+        return last_id(pack)
+
+    # A head of 20 makes packs of up to 40 tokens; half of 24 is still above the budget of 10.
+    sizes: list[int] = []
+    long_head = EncodedGroup(
+        np.arange(20, dtype=np.int32), [np.array([d], np.int32) for d in range(4)], [False] * 4, 0
+    )
+    engine = make(score, budget=Budget(10, max_attention_tokens=100))
+    assert log_odds(engine.submit([long_head])) == [[0, 1, 2, 3]]
+    assert sizes == [22, 22]
+    assert log_odds(engine.submit([group(*range(9))])) == [list(range(9))]
+    assert sizes[2:] == [10], "as many as before"
+
+
 def test_document_that_never_fits_is_named_and_others_are_scored(
     make: Callable[..., Engine], gate: Gate
 ) -> None:
@@ -433,6 +458,23 @@ def test_scores_that_are_not_finite_are_computed_again_once(make: Callable[..., 
         engine.submit([group(1, 77, 66)]).result(TIMEOUT_S)
 
 
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError])
+def test_second_try_that_fails_names_the_documents(
+    make: Callable[..., Engine], error: type[BaseException]
+) -> None:
+    def score(pack: Pack) -> NDArray[np.float32]:
+        ids = last_id(pack)
+        return np.where(ids > 60, np.float32(np.inf), ids)
+
+    def rescore(pack: Pack) -> NDArray[np.float32]:
+        raise error("no room for float32")
+
+    engine = make(score, rescore=rescore)
+    with pytest.raises(NonFiniteScoreError, match=r"the first is documents\[1\];"):
+        engine.submit([group(1, 66)]).result(TIMEOUT_S)
+    assert log_odds(engine.submit([group(1, 2)])) == [[1, 2]]
+
+
 def test_observers_are_told_of_each_pack(make: Callable[..., Engine], gate: Gate) -> None:
     engine, records = make(gate, budget=Budget(6)), []
 
@@ -466,11 +508,13 @@ def test_call_from_the_owner_thread_is_refused(make: Callable[..., Engine]) -> N
     assert log_odds(engine.submit([group(2)])) == [[2]]
 
 
-@pytest.mark.parametrize("name", ["merge_duplicates", "build_pack"])
+@pytest.mark.parametrize(
+    ("module", "name"), [(request, "merge_duplicates"), (faults, "build_pack")]
+)
 def test_fault_outside_the_model_leaves_nobody_waiting(
-    make: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, name: str
+    make: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str
 ) -> None:
-    real, calls = getattr(engine_module, name), []
+    real, calls = getattr(module, name), []
 
     def fail_once(*args: Any, **settings: Any) -> Any:
         calls.append(name)
@@ -479,7 +523,7 @@ def test_fault_outside_the_model_leaves_nobody_waiting(
         return real(*args, **settings)
 
     engine = make(last_id)
-    monkeypatch.setattr(engine_module, name, fail_once)
+    monkeypatch.setattr(module, name, fail_once)
     with pytest.raises(MemoryError, match="no room to plan"):
         engine.submit([group(1)]).result(TIMEOUT_S)
     assert log_odds(engine.submit([group(2)])) == [[2]]
@@ -614,6 +658,36 @@ def test_close_from_the_owner_thread_does_not_wait_for_itself(
     assert closed.is_set()
     with pytest.raises(ClosedError, match="is closed"):
         engine.submit([group(2)])
+
+
+def test_exit_stops_every_engine_and_waits_for_its_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module, "_engines", weakref.WeakSet[Engine]())
+        patch.setattr(engine_module, "_owners", weakref.WeakSet[threading.Thread]())
+        engine = Engine(last_id, backend="fake", budget=Budget(100))
+        (owner,) = engine_module._owners
+        assert owner.is_alive()
+        engine_module._await_owners()
+        assert not owner.is_alive()
+    with pytest.raises(ClosedError):
+        engine.submit([group(1)])
+
+
+def test_interrupt_while_the_exit_waits_ends_the_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Stubborn:
+        def join(self) -> None:
+            raise KeyboardInterrupt
+
+    codes: list[int] = []
+    monkeypatch.setattr(engine_module, "_engines", set[Engine]())
+    monkeypatch.setattr(engine_module, "_owners", {Stubborn()})
+    monkeypatch.setattr("os._exit", codes.append)
+    print("said before")
+    engine_module._await_owners()
+    assert codes == [130]
+    assert capsys.readouterr().out == "said before\n"
 
 
 EXIT_WITH_QUEUED_WORK = """

@@ -4,8 +4,10 @@ import asyncio
 import math
 import os
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -45,7 +47,10 @@ BAD_DOCUMENTS = [
     (rank([CANARY, [CANARY, CANARY]]), "documents[1] must be a string, got list"),
     (rank([(CANARY, CANARY)]), "documents[0] must be a string, got tuple"),
     (rank([None, CANARY, 3, []]), "documents[0] must be a string, got NoneType and 2 more"),
-    (rank(text for text in (CANARY, None)), "documents[1] must be a string, got NoneType"),
+    (
+        lambda reranker: reranker.rank("q", (t for t in (CANARY, None))),
+        "documents[1] must be a string, got NoneType",
+    ),
     (rank(CANARY), "documents must be a list of strings, got str"),
     (rank(CANARY.encode()), "documents must be a list of strings, got bytes"),
     (rank({CANARY}), "documents must be a list of strings, got set"),
@@ -141,6 +146,18 @@ def test_bad_call_is_named_before_any_model_work(call: Call, fragment: str) -> N
     while error is not None:
         assert "CANARY" not in repr(error)
         error = error.__cause__ or error.__context__
+
+
+def test_bad_calls_are_refused_at_once() -> None:
+    reranker, seconds = Reranker("model"), []
+    for call, _ in BAD_CALLS:
+        start = time.perf_counter()
+        with pytest.raises(InputError):
+            call(reranker)
+        seconds.append(time.perf_counter() - start)
+    print(f"{len(seconds)} bad calls, {1000 * median(seconds):.2f} ms each, no model asked for")
+    assert len(seconds) >= 40
+    assert median(seconds) < 0.01
 
 
 @pytest.mark.parametrize(

@@ -161,3 +161,51 @@ def test_merging_keeps_every_document_findable(shape: list[tuple[int, list[int]]
 def test_pair_above_the_budget_travels_alone(budget: int) -> None:
     planned = plan_packs(groups([(5, [50, 60])]), Budget(budget))
     assert planned == [[Seat(0, (1,))], [Seat(0, (0,))]]
+
+
+def test_budget_of_attention_is_filled_to_its_last_token() -> None:
+    shape = [(5, [5]), (5, [5])]  # 10 tokens of attention each
+    for limit, num_packs in ((20, 1), (19, 2)):
+        assert len(plan_packs(groups(shape), Budget(100, limit))) == num_packs
+
+
+def test_budget_of_tokens_is_filled_to_its_last_token() -> None:
+    for limit, num_packs in ((20, 1), (19, 2)):
+        assert len(plan_packs(groups([(5, [5]), (5, [5])]), Budget(limit))) == num_packs
+
+
+@pytest.mark.parametrize(("limit", "sizes"), [(1, [1] * 5), (2, [2, 2, 1]), (5, [5]), (None, [5])])
+def test_documents_of_a_pack_are_at_most_what_was_asked(
+    limit: int | None, sizes: list[int]
+) -> None:
+    planned = plan_packs(groups([(5, [5] * 5)]), Budget(1000, max_documents=limit))
+    assert [sum(len(seat.documents) for seat in pack) for pack in planned] == sizes
+    one_each = plan_packs(groups([(5, [5])] * 5), Budget(1000, max_documents=limit))
+    assert [sum(len(seat.documents) for seat in pack) for pack in one_each] == sizes
+
+
+def test_nothing_stays_outside_unless_it_is_shared() -> None:
+    planned = plan_packs(groups([(5, [5])]), Budget(100, max_cached_tokens=100))
+    assert planned == [[Seat(0, (0,), 0)]]
+
+
+@pytest.mark.parametrize(("count", "outside"), [(1, 10), (2, 30), (3, 30)])
+def test_whole_head_stays_outside_when_several_packs_need_it(count: int, outside: int) -> None:
+    group = Group(ids(30), [ids(60)] * count, num_shared=10)
+    planned = plan_packs([group], Budget(50, max_cached_tokens=30))
+    assert planned == [[Seat(0, (d,), outside)] for d in range(count)]
+
+
+def test_head_longer_than_what_may_be_kept_stays_in_the_row() -> None:
+    group = Group(ids(30), [ids(60)] * 2, num_shared=10)
+    planned = plan_packs([group], Budget(50, max_cached_tokens=29))
+    assert planned == [[Seat(0, (d,), 10)] for d in range(2)]
+    planned = plan_packs([group], Budget(50, max_cached_tokens=9))
+    assert planned == [[Seat(0, (d,), 0)] for d in range(2)]
+
+
+@pytest.mark.parametrize(("kept", "outside"), [(9, 0), (10, 10), (11, 10)])
+def test_shared_beginning_stays_outside_if_it_may_be_kept(kept: int, outside: int) -> None:
+    group = Group(ids(30), [ids(60)], num_shared=10)
+    planned = plan_packs([group], Budget(200, max_cached_tokens=kept))
+    assert planned == [[Seat(0, (0,), outside)]]

@@ -55,3 +55,10 @@ def test_hash_changes_with_every_piece_but_not_the_id(field: str) -> None:
 def test_hashes_are_the_released_ones() -> None:
     # Adapters record these: a change here orphans every adapter trained before.
     assert {id: template.hash[:12] for id, template in TEMPLATES.items()} == HASHES
+
+
+def test_every_head_of_an_instruction_begins_alike() -> None:
+    assert TEMPLATES["qwen3-reranker"].beginning("Find") == "<Instruct>: Find\n<Query>:"
+    for template in TEMPLATES.values():
+        beginning = template.beginning("Find")
+        assert template.head("Find", "q") == beginning + " q" + template.document_label

@@ -31,8 +31,9 @@ from qwen3_reranker import (
     TimedOutError,
     Usage,
 )
-from qwen3_reranker.engine import Engine, Scores, ScoresFuture
+from qwen3_reranker.engine import Engine
 from qwen3_reranker.packing import Budget, Pack
+from qwen3_reranker.request import Scores, ScoresFuture
 from tests import fakes
 from tests.invariants import check_ranking
 
@@ -800,7 +801,7 @@ class Terminal(io.StringIO):
 def test_progress_is_shown_on_a_terminal_only(
     reranker: Reranker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwen3_reranker.reranker._PROGRESS_AFTER_S", 0)
+    monkeypatch.setattr("qwen3_reranker.waiting._PROGRESS_AFTER_S", 0)
     for stderr, is_shown in ((Terminal(), True), (io.StringIO(), False)):
         monkeypatch.setattr(sys, "stderr", stderr)
         reranker.rank(HIGH, [LOW, HIGH])
@@ -810,7 +811,7 @@ def test_progress_is_shown_on_a_terminal_only(
 def test_long_job_without_stderr_is_scored(
     reranker: Reranker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwen3_reranker.reranker._PROGRESS_AFTER_S", 0)
+    monkeypatch.setattr("qwen3_reranker.waiting._PROGRESS_AFTER_S", 0)
     monkeypatch.setattr(sys, "stderr", None)
     assert len(reranker.rank(HIGH, [LOW, HIGH])) == 2
 

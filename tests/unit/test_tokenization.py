@@ -2,19 +2,21 @@ from __future__ import annotations
 
 import json
 import random
+import unicodedata
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from qwen3_reranker import TEMPLATES, InputError, ModelLoadError
-from qwen3_reranker.tokenization import EncodedGroup, PromptTokenizer
+from qwen3_reranker.tokenization import EncodedGroup, PromptTokenizer, _common_length
 from tests import official, real_parts, texts
 
 QWEN3_JSON = real_parts.qwen3_tokenizer_file().read_text(encoding="utf-8")
@@ -113,14 +115,66 @@ def test_nested_and_split_markers_stay_text() -> None:
     assert_no_control_ids(encode("q", documents))
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.text(), st.text(), st.text())
-def test_any_text_has_no_control_ids_and_keeps_suffix(
-    instruction: str, query: str, document: str
-) -> None:
+ANY_TEXT = st.lists(
+    st.text(st.characters(), max_size=30)  # every category, surrogates too
+    | st.sampled_from(real_parts.ADDED_TOKENS)
+    | st.sampled_from(["{}", "{0}", "%s", "\0", "<|im_", "end|>", "\n<Document>:", " "]),
+    max_size=6,
+).map("".join)
+
+
+def repaired(text: str) -> str:
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def check_any_text(instruction: str, query: str, document: str) -> bool:
+    """Assert what holds of every text; return whether it has official ids to compare with."""
     group = encode(query, [document], instruction=instruction)
     assert_no_control_ids(group)
+    assert group.head[:39].tolist() == TOKENIZER.prefix.tolist()
     assert group.documents[0][-9:].tolist() == TOKENIZER.suffix.tolist()
+    assert group.truncated == [False]
+    given_texts = (instruction, query, document)
+    assert group.num_repaired == sum(
+        any("\ud800" <= char <= "\udfff" for char in text) for text in given_texts
+    )
+    whole = official.format_body(*map(repaired, given_texts))
+    assert FULL.decode(body(group), skip_special_tokens=False) == unicodedata.normalize(
+        "NFC", whole
+    )
+    is_ordinary = not any(token in whole for token in real_parts.ADDED_TOKENS)
+    if is_ordinary:
+        assert body(group) == full_ids(whole)
+    return is_ordinary
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_any_text_is_official_but_for_control_tokens_which_stay_text(count: int) -> None:
+    kinds: list[bool] = []
+
+    @settings(max_examples=count, deadline=None, database=None)
+    @given(ANY_TEXT, ANY_TEXT, ANY_TEXT)
+    def check(instruction: str, query: str, document: str) -> None:
+        kinds.append(check_any_text(instruction, query, document))
+
+    check()
+    print(f"{len(kinds)} examples, {sum(kinds)} of them ordinary and equal to the official ids")
+    assert len(kinds) >= count
+    assert sum(kinds) > count / 10, "both kinds must be there"
+    assert sum(kinds) < count
+
+
+def test_control_any_text_reaches_what_the_guard_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    # With the full tokenizer in the place of the one without added tokens it must fail.
+    monkeypatch.setattr(TOKENIZER, "_plain", FULL)
+
+    @settings(max_examples=300, deadline=None, database=None, phases=[Phase.generate])
+    @given(ANY_TEXT, ANY_TEXT, ANY_TEXT)
+    def check(instruction: str, query: str, document: str) -> None:
+        assert_no_control_ids(encode(query, [document], instruction=instruction))
+
+    with pytest.raises(AssertionError):
+        check()
 
 
 def test_empty_and_blank_documents_are_encoded_as_they_are() -> None:
@@ -196,6 +250,28 @@ def test_lone_surrogates_are_repaired_and_counted(
         assert mine.tolist() == theirs.tolist()
 
 
+@pytest.mark.parametrize(
+    "text", ["", "one two", " two  spaces", "naïve 北京 👩\u200d🔬", "a\ud83db"]
+)
+def test_token_spans_are_places_in_the_document(text: str) -> None:
+    spans = TOKENIZER.token_spans(text)
+    assert len(spans) == len(full_ids(" " + repaired(text)))
+    assert spans[0][0] == 0
+    assert spans[-1][1] == len(text)
+    assert spans[len(spans) - 1] == spans[-1]
+    starts = [start for start, _ in spans]
+    assert starts == sorted(starts)
+    if repaired(text) == text:
+        offsets = FULL.encode(" " + text, add_special_tokens=False).offsets
+        assert list(spans) == [(max(a - 1, 0), max(b - 1, 0)) for a, b in offsets]
+    assert all(0 <= start <= stop <= len(text) for start, stop in spans)
+
+
+def test_token_spans_cut_words() -> None:
+    text = "one two three"
+    assert [text[a:b] for a, b in TOKENIZER.token_spans(text)] == ["one", " two", " three"]
+
+
 def test_threads_share_the_tokenizer_without_races() -> None:
     rng = random.Random(1)
     jobs = [
@@ -210,10 +286,32 @@ def test_threads_share_the_tokenizer_without_races() -> None:
         assert list(pool.map(run, jobs)) == alone
 
 
-def changed_tokenizer(change: Callable[[dict[str, Any]], None]) -> str:
+FEW = 10_000
+"""Tokens of a tokenizer that is quickly built; "yes" and "no" are among them."""
+
+
+@cache
+def small_tokenizer() -> str:
+    """Return Qwen3's tokenizer without its rarer tokens."""
     state = json.loads(QWEN3_JSON)
+    vocabulary = {token: id for token, id in state["model"]["vocab"].items() if id < FEW}
+    state["model"]["vocab"] = vocabulary
+    state["model"]["merges"] = [m for m in state["model"]["merges"] if "".join(m) in vocabulary]
+    for i, token in enumerate(state["added_tokens"]):
+        token["id"] = FEW + i
+    return json.dumps(state)
+
+
+def changed_tokenizer(change: Callable[[dict[str, Any]], None]) -> str:
+    state = json.loads(small_tokenizer())
     change(state)
     return json.dumps(state)
+
+
+def test_control_the_small_tokenizer_itself_is_accepted() -> None:
+    small = PromptTokenizer(small_tokenizer())
+    assert small.template is TEMPLATES["qwen3-reranker"]
+    assert (small.yes_id, small.no_id) == (9693, 2152)
 
 
 def without(*contents: str) -> str:
@@ -221,6 +319,64 @@ def without(*contents: str) -> str:
         state["added_tokens"] = [t for t in state["added_tokens"] if t["content"] not in contents]
 
     return changed_tokenizer(change)
+
+
+def test_settings_of_the_file_that_add_cut_or_pad_are_left_out() -> None:
+    def change(state: dict[str, Any]) -> None:
+        first = state["added_tokens"][0]
+        special = {"SpecialToken": {"id": first["content"], "type_id": 0}}
+        state["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [special, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [special, {"Sequence": {"id": "A", "type_id": 0}},
+                     {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {
+                first["content"]: {
+                    "id": first["content"], "ids": [first["id"]], "tokens": [first["content"]]
+                }
+            },
+        }  # fmt: skip
+        state["truncation"] = {
+            "direction": "Right", "max_length": 7, "strategy": "LongestFirst", "stride": 0
+        }  # fmt: skip
+        state["padding"] = {
+            "strategy": {"Fixed": 3000}, "direction": "Right", "pad_to_multiple_of": None,
+            "pad_id": first["id"], "pad_type_id": 0, "pad_token": first["content"],
+        }  # fmt: skip
+
+    plain, other = PromptTokenizer(small_tokenizer()), PromptTokenizer(changed_tokenizer(change))
+    assert other.prefix.tolist() == plain.prefix.tolist()
+    assert other.suffix.tolist() == plain.suffix.tolist()
+    texts_of = ("Find", "a query", ["word " * 30, ""])
+    mine, theirs = (t.encode_group(*texts_of, max_length=2000) for t in (other, plain))
+    assert mine.head.tolist() == theirs.head.tolist()
+    assert [d.tolist() for d in mine.documents] == [d.tolist() for d in theirs.documents]
+
+
+def test_shared_beginning_is_what_queries_of_an_instruction_have_in_common() -> None:
+    for instruction in (None, "Find", "", "trailing space ", "\ud83d"):
+        groups = [
+            TOKENIZER.encode_group(instruction, query, [], max_length=512)
+            for query in ("apple tree", "zebra", "\n\n", "1", " ")
+        ]
+        first, second = (group.head.tolist() for group in groups[:2])
+        shared = groups[0].num_shared
+        assert first[:shared] == second[:shared]
+        assert first[shared] != second[shared]
+        for group in groups:
+            assert group.head[: group.num_shared].tolist() == first[: group.num_shared]
+        ordinary = instruction if instruction != "\ud83d" else "\ufffd"
+        ordinary = TOKENIZER.template.default_instruction if ordinary is None else ordinary
+        assert shared == 39 + len(full_ids(TOKENIZER.template.beginning(ordinary)))
+
+
+def test_common_length_ends_at_the_first_difference() -> None:
+    def common(a: list[int], b: list[int]) -> int:
+        return _common_length(np.array(a, np.int32), np.array(b, np.int32))
+
+    assert common([1, 2, 3, 4], [1, 9, 3, 8]) == 1
+    assert common([1, 2, 3], [1, 2, 3, 4]) == 3
+    assert common([7], [8]) == common([], [1]) == 0
 
 
 def test_tokenizer_without_think_gets_chatml() -> None:
@@ -248,7 +404,7 @@ def test_answer_of_several_tokens_is_refused() -> None:
 def test_tokenizer_that_merges_across_the_boundary_is_refused() -> None:
     def change(state: dict[str, Any]) -> None:
         state["pre_tokenizer"] = state["pre_tokenizer"]["pretokenizers"][1]  # no splitting at all
-        state["model"]["vocab"]["ĠĠplain"] = 151642
+        state["model"]["vocab"]["ĠĠplain"] = FEW - 1
         state["model"]["merges"] = [[":", "Ġ"], *state["model"]["merges"]]
         state["model"]["vocab"][":Ġ"] = state["model"]["vocab"].pop("ĠĠplain")
 
@@ -258,7 +414,7 @@ def test_tokenizer_that_merges_across_the_boundary_is_refused() -> None:
 
 def test_tokenizer_whose_text_spells_a_control_token_is_refused() -> None:
     def change(state: dict[str, Any]) -> None:
-        state["model"]["vocab"]["<think>"] = 151667
+        state["model"]["vocab"]["<think>"] = FEW + 24
         state["model"]["ignore_merges"] = True  # whole words are looked up before merging
         state["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": r"<think>|\s|\w+|\W"}
 

@@ -57,7 +57,9 @@ class Qwen3Reranker(BaseNodePostprocessor):
         1
     """
 
-    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(
+        extra="forbid", arbitrary_types_allowed=True, hide_input_in_errors=True
+    )
 
     model: Name = Field(
         "Qwen/Qwen3-Reranker-0.6B",

@@ -1,0 +1,167 @@
+"""A call as the engine holds it: what came, what is left of it, and whose score is whose.
+
+Decides which distinct documents a call has, how they are named to its caller, and when it is
+complete. Knows nothing of packs in flight, threads or faults.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from time import monotonic
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import NonFiniteScoreError
+from .packing import Group, Line, Seat, merge_duplicates
+from .score_cache import ScoreCache
+from .tokenization import EncodedGroup
+
+Progress = Callable[[int], object]
+"""Called from the owner thread after each pack with the number of distinct documents in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What one request gets back.
+
+    Attributes:
+        log_odds: One float32 array per group, aligned with its documents.
+        tokens: Tokens of its packs that the model computed; beginnings kept for many do not count.
+    """
+
+    log_odds: list[NDArray[np.float32]]
+    tokens: int
+
+
+class ScoresFuture(Future[Scores]):
+    """A request's result; abandoning it stops the work even between packs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.abandoned = threading.Event()
+
+    def abandon(self) -> None:
+        """Drop the request if it waits, or after the forward in flight if it runs."""
+        self.abandoned.set()
+        self.cancel()
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A call as it waits: what came, and once it has begun what is left of it.
+
+    Attributes:
+        encoded: What is to be scored.
+        progress: Told of scored documents, or None.
+        future: Where the caller waits.
+        arrived: When it came, on the monotonic clock.
+        served: Virtual time: the least served are seated first.
+        tokens: Tokens computed for it so far.
+        is_new: Whether none of its documents has been in a pack.
+        is_over: Whether its caller has been answered.
+        groups: Heads and the distinct documents whose scores are not known yet.
+        line: Those documents, waiting for seats.
+        left: How many of them have no score.
+    """
+
+    encoded: Sequence[EncodedGroup]
+    progress: Progress | None
+    future: ScoresFuture = field(default_factory=ScoresFuture)
+    arrived: float = field(default_factory=monotonic)
+    served: float = 0.0
+    tokens: int = 0
+    is_new: bool = True
+    is_over: bool = False
+    groups: list[Group] = field(default_factory=list)
+    line: Line = field(default_factory=lambda: Line([]))
+    left: int = 0
+    _all_groups: list[Group] = field(default_factory=list)
+    _places: list[list[tuple[int, int]]] = field(default_factory=list)
+    _log_odds: list[NDArray[np.float32]] = field(default_factory=list)
+    _unknown: list[NDArray[np.int64]] = field(default_factory=list)
+
+    def begin(self, known: ScoreCache | None) -> int:
+        """Find out what there is to do; return how many distinct documents need no model."""
+        self._all_groups, self._places = merge_duplicates(self.encoded)
+        self._log_odds = [_recall(group, known) for group in self._all_groups]
+        self._unknown = [np.flatnonzero(np.isnan(row)) for row in self._log_odds]
+        self.groups = [
+            Group(group.head, [group.documents[d] for d in missing], group.num_shared)
+            for group, missing in zip(self._all_groups, self._unknown, strict=True)
+        ]
+        self.line = Line(self.groups)
+        self.left = sum(map(len, self._unknown))
+        return sum(len(group.documents) for group in self._all_groups) - self.left
+
+    def num_tokens(self, seat: Seat) -> int:
+        """Return the tokens that a seat takes in a row."""
+        group = self.groups[seat.group]
+        head = len(group.head) - seat.num_cached
+        return head + sum(len(group.documents[d]) for d in seat.documents)
+
+    def name_of(self, seat: Seat) -> str:
+        """Return how the caller knows a seat's first document."""
+        wanted = (seat.group, int(self._unknown[seat.group][seat.documents[0]]))
+        return next(
+            self._name(g, d)
+            for g, row in enumerate(self._places)
+            for d, place in enumerate(row)
+            if place == wanted
+        )
+
+    def take(self, seats: Sequence[Seat], scored: NDArray[np.float32]) -> int:
+        """Keep the scores of these seats; return how many documents they are."""
+        start = 0
+        for seat in seats:
+            stop = start + len(seat.documents)
+            row = self._unknown[seat.group][list(seat.documents)]
+            self._log_odds[seat.group][row] = scored[start:stop]
+            self.tokens += self.num_tokens(seat)
+            start = stop
+        self.left -= start
+        return start
+
+    def scores(self) -> Scores:
+        """Return what the caller gets once nothing is left.
+
+        Raises:
+            NonFiniteScoreError: If a score is NaN or infinite.
+        """
+        aligned = [
+            np.array([self._log_odds[g][d] for g, d in row], np.float32) for row in self._places
+        ]
+        bad = [
+            self._name(g, int(d))
+            for g, row in enumerate(aligned)
+            for d in np.flatnonzero(~np.isfinite(row))
+        ]
+        if bad:
+            raise NonFiniteScoreError(
+                f"the model returned NaN or infinity for {len(bad)} documents, the first is "
+                f"{bad[0]}; float16 overflows in these decoders. Use dtype='bfloat16' or 'float32'."
+            )
+        return Scores(aligned, self.tokens)
+
+    def distinct(self) -> Iterator[tuple[bytes, float]]:
+        """Yield the key and the log-odds of each distinct document."""
+        for group, row in zip(self._all_groups, self._log_odds, strict=True):
+            for document, value in zip(group.documents, row.tolist(), strict=True):
+                yield ScoreCache.key(group.head, document), value
+
+    def _name(self, group: int, document: int) -> str:
+        is_single = len(self._places) == 1
+        return f"documents[{document}]" if is_single else f"documents[{group}][{document}]"
+
+
+def _recall(group: Group, known: ScoreCache | None) -> NDArray[np.float32]:
+    """Return the log-odds known of each document, NaN for the others."""
+    row = np.full(len(group.documents), np.nan, np.float32)
+    if known is not None:
+        for d, document in enumerate(group.documents):
+            value = known.find(ScoreCache.key(group.head, document))
+            row[d] = np.nan if value is None else value
+    return row
