@@ -73,6 +73,16 @@ def lists(queries: Any, documents_of: Any) -> tuple[list[str], list[list[str]]]:
     )
 
 
+def repaired(text: str) -> str:
+    """Return a text that UTF-8 can carry: surrogate pairs joined, lone surrogates as U+FFFD.
+
+    Example:
+        >>> repaired("half a smile " + chr(0xD83D)) == "half a smile " + chr(0xFFFD)
+        True
+    """
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def pairs(value: Any) -> list[tuple[str, str]]:
     """Return (query, document) pairs.
 

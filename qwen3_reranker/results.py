@@ -44,12 +44,14 @@ class Usage:
     Attributes:
         documents: Documents scored, duplicates included.
         tokens: Tokens the model computed; shared heads and duplicates count once per pack.
+        prompt_tokens: Tokens of all prompts, each counted whole, as other servers report them.
         truncated: Documents cut to `max_length`.
         repaired: Texts in which lone surrogates were replaced by U+FFFD.
     """
 
     documents: int = 0
     tokens: int = 0
+    prompt_tokens: int = 0
     truncated: int = 0
     repaired: int = 0
 
