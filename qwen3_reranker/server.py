@@ -21,7 +21,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from . import __version__
+from . import __version__, inputs
 from .errors import InputError, Qwen3RerankerError
 from .guard import OPEN_PATH, RETRY_AFTER_S, Guard
 from .metrics import Metrics
@@ -45,7 +45,6 @@ from .results import RankedDocument
 
 logger = logging.getLogger(__name__)
 
-API_KEY_VARIABLE = "QWEN3_RERANKER_API_KEY"
 _CLIENT_GONE = 499  # nginx's; nobody is there to read it
 _SHUTDOWN_S = 30
 _RERANK_PATHS = ("/rerank", "/v1/rerank", "/v2/rerank")
@@ -282,7 +281,7 @@ def serve(reranker: Reranker, name: str, *, host: str, port: int, api_key_file: 
     if api_key is None and not _is_loopback(host):
         raise InputError(
             f"host {host} can be reached by other machines, and there is no API key. Set "
-            f"{API_KEY_VARIABLE}, pass --api-key-file, or use --host 127.0.0.1."
+            f"{inputs.API_KEY_VARIABLE}, pass --api-key-file, or use --host 127.0.0.1."
         )
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     for each in ("qwen3_reranker", "uvicorn"):
@@ -319,23 +318,19 @@ def read_api_key(file: str | None) -> str | None:
     """Return the key of a file, or of the environment, or None.
 
     Raises:
-        InputError: If the file cannot be read or a key is blank.
+        InputError: If the file cannot be read, or what it holds cannot be a key.
     """
     if file is None:
-        key, source = os.environ.get(API_KEY_VARIABLE), API_KEY_VARIABLE
-    else:
-        source = "the file of --api-key-file"
-        try:
-            key = Path(file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"{source} cannot be read ({type(error).__name__}). Pass a text file with the key."
-            ) from error
-    if key is None:
-        return None
-    if not key.strip():
-        raise InputError(f"{source} is blank. Put a key there, or leave it out.")
-    return key.strip()
+        variable = inputs.API_KEY_VARIABLE
+        return inputs.api_key(variable, os.environ.get(variable))
+    try:
+        key = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"the file of --api-key-file cannot be read ({type(error).__name__}). Pass a text file "
+            "with the key."
+        ) from error
+    return inputs.api_key("the key in the file of --api-key-file", key)
 
 
 def _is_loopback(host: str) -> bool:
