@@ -106,9 +106,9 @@ def url(write: Callable[..., Path]) -> Iterator[str]:
 
 
 class TestLlamaCpp:
-    """Our client on real llama.cpp. float32 weights on both sides; sums differ in their order."""
+    """Our client on real llama.cpp, whose keys and values are float16 by default."""
 
-    TOLERANCE = 1e-4
+    TOLERANCE = 5e-4
 
     @pytest.mark.parametrize("path", ["", "/rerank", "/v1/rerank"])
     def test_scores_are_those_in_process(self, url: str, path: str, folder: Path) -> None:

@@ -172,6 +172,27 @@ async def test_texts_are_answered_as_tei_does(client: httpx.AsyncClient) -> None
     assert best == {"index": 1, "score": ranking[0].log_odds, "text": FRUIT[1]}
 
 
+async def test_fastgpt_reads_the_first_result_per_document_and_input_tokens(
+    client: httpx.AsyncClient,
+) -> None:
+    answer = await rerank(client, model="rerank")
+    assert indices(answer) == ORDER  # it keeps the first it sees
+    assert answer["meta"]["tokens"]["input_tokens"] > 0
+
+
+async def test_dify_sends_null_and_reads_documents_back(client: httpx.AsyncClient) -> None:
+    answer = await rerank(client, model="rerank", top_n=None, return_documents=True)
+    read = [(r["index"], r["relevance_score"], r["document"]["text"]) for r in answer["results"]]
+    assert [(index, text) for index, _, text in read] == [(i, FRUIT[i]) for i in ORDER]
+
+
+async def test_open_webui_gets_every_result_and_sorts_by_index(client: httpx.AsyncClient) -> None:
+    answer = await rerank(client, model="rerank", top_n=len(FRUIT))
+    by_index = sorted(answer["results"], key=lambda result: result["index"])
+    scores = [result["relevance_score"] for result in by_index]
+    assert scores == Reranker("served").score(QUERY, FRUIT)
+
+
 async def test_no_documents_give_no_results_and_no_model_call(
     client: httpx.AsyncClient, model: fakes.FakeModel
 ) -> None:
