@@ -1,4 +1,4 @@
-"""The server as its users start it: a process of its own on a free loopback port."""
+"""Servers as their users start them, each a process of its own on a free loopback port."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+
+ROOT = Path(__file__).parents[1]
+COMPAT_PYTHON = Path(os.environ.get("COMPAT_PYTHON", ROOT / ".venv/compat/bin/python"))
+"""Interpreter of the environment with other people's clients and servers; `make compat`."""
 
 _START_S = 60
 
@@ -74,6 +78,24 @@ def serving(
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+@contextmanager
+def llama_cpp(file: Path, api_key: str | None = None) -> Iterator[str]:
+    """Run llama.cpp's server on a GGUF file until the block ends; yield its address."""
+    script = str(ROOT / "tests/compat/llama_server.py")
+    process = subprocess.Popen(
+        [str(COMPAT_PYTHON), script, str(file), *([api_key] if api_key else [])],
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        lines = iter(process.stdout.readline, "")
+        yield next(line.strip() for line in lines if line.startswith("http"))
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def _url(process: subprocess.Popen[bytes], log_file: Path) -> str:

@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -19,16 +18,15 @@ import pytest
 from qwen3_reranker import InputError, RemoteError, RemoteProtocolError, RemoteReranker, Reranker
 from tests.compat import clients
 from tests.invariants import check_ranking
-from tests.servers import Server, serving
+from tests.servers import COMPAT_PYTHON, Server, llama_cpp, serving
 
 ROOT = Path(__file__).parents[2]
-PYTHON = Path(os.environ.get("COMPAT_PYTHON", ROOT / ".venv/compat/bin/python"))
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        not PYTHON.exists(), reason="the clients are not installed: `make compat` does it"
+        not COMPAT_PYTHON.exists(), reason="the clients are not installed: `make compat` does it"
     ),
 ]
 
@@ -47,7 +45,7 @@ def server(folder: Path) -> Iterator[Server]:
 @pytest.mark.parametrize("name", list(clients.CLIENTS))
 def test_client_gets_the_cores_ranking(name: str, folder: Path, server: Server) -> None:
     done = subprocess.run(
-        [str(PYTHON), str(ROOT / "tests/compat/clients.py"), name, server.url],
+        [str(COMPAT_PYTHON), str(ROOT / "tests/compat/clients.py"), name, server.url],
         env=ENVIRONMENT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -60,7 +58,7 @@ def test_client_gets_the_cores_ranking(name: str, folder: Path, server: Server) 
 def test_schemathesis_finds_no_server_error(server: Server) -> None:
     """Requests drawn from the OpenAPI description, right ones and wrong ones."""
     done = subprocess.run(
-        [str(PYTHON.parent / "schemathesis"), "run", f"{server.url}/openapi.json",
+        [str(COMPAT_PYTHON.parent / "schemathesis"), "run", f"{server.url}/openapi.json",
          "--url", server.url, "-H", f"Authorization: Bearer {clients.KEY}",
          "--checks", "not_a_server_error", "--max-examples", "200", "--seed", "1",
          "--suppress-health-check", "all", "--no-color"],
@@ -69,24 +67,6 @@ def test_schemathesis_finds_no_server_error(server: Server) -> None:
     print(done.stdout[-3000:])
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert httpx.get(f"{server.url}/health").status_code == 200
-
-
-@contextmanager
-def llama_cpp(file: Path, key: str | None = None) -> Iterator[str]:
-    """Run llama.cpp's server on a file; yield its address."""
-    script = str(ROOT / "tests/compat/llama_server.py")
-    process = subprocess.Popen(
-        [str(PYTHON), script, str(file), *([key] if key else [])],
-        env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        text=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    try:
-        lines = iter(process.stdout.readline, "")
-        yield next(line.strip() for line in lines if line.startswith("http"))
-    finally:
-        process.kill()
-        process.communicate()
 
 
 @pytest.fixture(scope="module")

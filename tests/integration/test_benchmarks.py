@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import training
+from benchmarks import server_load, training
 from benchmarks.trainers import load_ours, load_plain
 from tests.official import SUFFIX
 
@@ -42,3 +42,20 @@ def test_training_benchmark_times_no_different_work(
     contenders = [load_ours(setting), load_plain(other, 8, False)]
     with pytest.raises(training.DisagreementError, match="Trainer, 8 pairs"):
         training.check_agreement(contenders, training.TOLERANCES["float32"])
+
+
+@pytest.mark.slow  # starts a server
+def test_server_load_prints_and_stores_every_concurrency(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_load, "COMPAT_PYTHON", tmp_path / "none")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    file = tmp_path / "load.json"
+    command = "--widths tiny --layers 1 --requests 4 --rounds 1 --concurrency 1 2 --json"
+    assert server_load.main([*command.split(), str(file)]) == 0
+    results = json.loads(file.read_text())["results"]
+    assert [(r["server"], r["concurrency"]) for r in results] == [("ours", 1), ("ours", 2)]
+    table = capsys.readouterr().out
+    for result in results:
+        assert f"| ours | {result['per_second']:.1f} |" in table
+        assert 0 < result["p50_ms"] <= result["p95_ms"] <= result["p99_ms"]
