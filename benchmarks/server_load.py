@@ -151,8 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     conditions = [
         f"$ {shlex.join(['python', '-m', 'benchmarks.server_load', *argv])}",
         *describe_machine(("torch", "transformers", "fastapi", "uvicorn")).splitlines(),
-        f"{args.layers} layers, {args.rounds} rounds of {args.requests} requests x {DOCUMENTS} documents of {TOKENS} "
-        f"tokens, {args.threads} thread per model",
+        f"{args.layers} layers, {args.rounds} rounds of {args.requests} requests x {DOCUMENTS} "
+        f"documents of {TOKENS} tokens, {args.threads} thread per model",
     ]
     print("\n".join(conditions), flush=True)
     print("\n| widths | concurrency | server | documents/s | p50 ms | p95 ms | p99 ms |")

@@ -124,23 +124,23 @@ class Endpoint:
             ways = [(self._url, "documents"), (self._url, "texts")]
         else:
             ways += [(f"{self._url}/rerank", "documents"), (f"{self._url}/rerank", "texts")]
-        instruction = _PROBE_INSTRUCTION if self._prompt_mode == "server" else None
-        for i, (url, field) in enumerate(ways):
-            body: dict[str, Any] = {"query": _PROBE_QUERY, field: [_PROBE_DOCUMENT]}
-            body |= self._model_field() | (
-                {} if instruction is None else {"instruction": instruction}
-            )
+        question = self._model_field() | {"query": _PROBE_QUERY}
+        if self._prompt_mode == "server":
+            question["instruction"] = _PROBE_INSTRUCTION
+        refusals: list[RemoteError] = []
+        for url, field in ways:
             try:
-                answer = self.connection.post(url, body, deadline)
+                answer = self.connection.post(url, question | {field: [_PROBE_DOCUMENT]}, deadline)
             except RemoteError as error:
-                if error.status not in _NOT_HERE or i == len(ways) - 1:
+                if error.status not in _NOT_HERE:
                     raise
+                refusals.append(error)
                 continue
             read_scores(answer, 1)
             tokens = _prompt_tokens(answer)
             self._check_template(tokens)
             return Dialect(url, field, tokens is not None and tokens >= _PROBE_WORDS)
-        raise AssertionError("unreachable")
+        raise refusals[0]
 
     def _check_template(self, tokens: int | None) -> None:
         if tokens is None:

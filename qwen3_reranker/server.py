@@ -12,6 +12,7 @@ import ipaddress
 import logging
 import os
 from collections.abc import Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from . import __version__, inputs
@@ -133,13 +135,9 @@ class Service:
             body.query, texts, instruction=body.instruction, top_n=body.top_n
         )
         return [
-            RankedDocument(
-                result.index,
-                documents[result.index],
-                result.score,
-                result.log_odds,
-                result.truncated or len(texts[result.index]) < len(documents[result.index]),
-                result.window,
+            replace(
+                result,
+                truncated=result.truncated or len(result.document) < len(documents[result.index]),
             )
             for result in ranking
         ]
@@ -203,7 +201,7 @@ def create_app(service: Service, *, api_key: str | None, limits: ServerLimits) -
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(service.metrics.render(), media_type="text/plain; version=1.0.0")
+        return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
     return app
 
