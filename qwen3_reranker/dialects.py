@@ -228,10 +228,13 @@ def read_scores(answer: Any, count: int) -> list[RemoteScore]:
 
 def _read_score(row: dict[str, Any], index: int) -> RemoteScore:
     score = row.get("relevance_score", row.get("score"))
-    if type(score) not in (int, float) or not 0 <= score <= 1:  # false for NaN
+    is_number = isinstance(score, (int, float)) and not isinstance(score, bool)
+    if score is None or not is_number or not 0 <= score <= 1:  # also NaN
         raise _no_ranking(f"the score of index {index} is no number between 0 and 1")
     log_odds = row.get("log_odds")  # ours sends them: they do not saturate
-    if type(log_odds) is not float or not math.isclose(probability(log_odds), score, abs_tol=1e-6):
+    if not isinstance(log_odds, float) or not math.isclose(
+        probability(log_odds), score, abs_tol=1e-6
+    ):
         log_odds = _log_odds(score)
     return RemoteScore(log_odds, row.get("truncated") is True)
 
