@@ -124,7 +124,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif step.startswith("429 "):
             self._send(429, {}, {"Retry-After": step.removeprefix("429 ")})
         elif step == "redirect":
-            self._send(302, {}, {"Location": "http://169.254.169.254/latest/meta-data"})
+            # One that would succeed; followed, it could lead to any host.
+            self._send(307, {}, {"Location": f"{server.url}/v1/rerank"})
         elif step == "stall":
             server.is_over.wait(5)
         elif step == "drip":
@@ -189,6 +190,8 @@ def spoil(rows: list[dict[str, Any]], fault: str) -> list[dict[str, Any]]:
     }
     if fault == "missing":
         return rows[1:]
+    if fault == "repeated":
+        return [*rows, rows[0]]
     if fault == "more":
         return [*rows, {"index": len(rows), name: 0.5}]
     return [{**rows[0], **changes.get(fault, {})}, *rows[1:]]

@@ -237,14 +237,19 @@ class TestFaults:
         assert len(self.ERRORS) == len([*self.PASSING, *self.LASTING, *self.SLOW]) == 13
 
     @pytest.mark.parametrize(
-        "fault",
-        ["beyond", "text index", "true index", "text score", "null score", "logit", "more", "huge"],
-    )
+        ("fault", "message"),
+        [
+            ("beyond", "none of the 3"), ("text index", "none of the 3"),
+            ("true index", "none of the 3"), ("text score", "between 0 and 1"),
+            ("null score", "between 0 and 1"), ("logit", "between 0 and 1"),
+            ("more", "none of the 3"), ("repeated", "stands twice"), ("huge", "longer than"),
+        ],
+    )  # fmt: skip
     def test_reply_that_is_no_ranking_is_refused(
-        self, reranker: RemoteReranker, server: FaultServer, fault: str
+        self, reranker: RemoteReranker, server: FaultServer, fault: str, message: str
     ) -> None:
         server.script = [fault]
-        with pytest.raises(RemoteProtocolError):
+        with pytest.raises(RemoteProtocolError, match=message):
             reranker.rank(QUERY, DOCUMENTS)
         assert len(server.requests) == 1
 
@@ -312,6 +317,16 @@ class TestTime:
                     rank(reranker, QUERY, DOCUMENTS, timeout_s=0.2)
                 with pytest.raises(TimedOutError):
                     first.result()
+
+    def test_dripping_reply_holds_no_connection_past_its_deadline(
+        self, rank: Rank, server: FaultServer
+    ) -> None:
+        with RemoteReranker(server.url, max_in_flight=1) as reranker:
+            rank(reranker, QUERY, DOCUMENTS)
+            server.script = ["drip"]  # for ten seconds
+            with pytest.raises(TimedOutError):
+                rank(reranker, QUERY, DOCUMENTS, timeout_s=0.3)
+            assert indices(rank(reranker, QUERY, DOCUMENTS, timeout_s=3)) == ORDER
 
     def test_deadline_of_the_object_is_for_calls_without_one(
         self, rank: Rank, server: FaultServer

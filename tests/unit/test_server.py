@@ -218,12 +218,17 @@ async def test_score_takes_one_query_or_pairs(client: httpx.AsyncClient) -> None
 
 async def test_half_an_emoji_is_repaired_as_everywhere(client: httpx.AsyncClient) -> None:
     # Browsers cut strings by UTF-16 units; JSON carries what is left as an escape.
-    body = b'{"query": "red \\ud83d", "documents": ["red \\ud83d", "\\ud83d\\ude00"]}'
+    body = (
+        b'{"query": "red \\ud83d", "documents": ["red \\ud83d", "\\ud83d\\ude00"], '
+        b'"return_documents": true}'
+    )
     reply = await client.post(
         "/v1/rerank", content=body, headers={"content-type": "application/json"}
     )
     assert reply.status_code == 200
     assert indices(reply.json()) == [0, 1]
+    echoes = [result["document"]["text"] for result in reply.json()["results"]]
+    assert echoes == ["red \ufffd", "\U0001f600"]
 
 
 @pytest.mark.parametrize(
@@ -327,6 +332,16 @@ async def test_limits_hold_at_n_and_not_at_n_and_one(model: fakes.FakeModel, ove
             await client.post("/score", json={"text_1": QUERY, "text_2": FRUIT}),
         ]
         assert [reply.status_code for reply in replies] == [413 if over else 200] * 3
+
+
+async def test_body_declared_too_large_is_not_read(model: fakes.FakeModel) -> None:
+    async def never() -> AsyncIterator[bytes]:
+        pytest.fail("the body was read")
+        yield b""
+
+    async with client_of(limits=ServerLimits(body_bytes=10)) as client:
+        reply = await client.post("/v1/rerank", content=never(), headers={"content-length": "11"})
+        assert reply.status_code == 413
 
 
 @pytest.mark.parametrize("over", [0, 1])
