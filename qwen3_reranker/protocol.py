@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 from uuid import uuid4
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
 from .errors import (
     ClosedError,
@@ -56,13 +56,7 @@ DocumentText = Annotated[
 ]
 
 
-def _at_least_one(value: int | None) -> int | None:
-    if value is not None and value < 1:
-        raise ValueError("must be at least 1, or null for all")
-    return value
-
-
-Count = Annotated[int | None, AfterValidator(_at_least_one)]
+Count = Annotated[int, Field(ge=1)]
 
 
 class RerankRequest(BaseModel):
@@ -73,11 +67,11 @@ class RerankRequest(BaseModel):
     texts: list[DocumentText] | None = Field(None, description="Documents, for an answer as TEI's.")
     model: str | None = Field(None, description="Any name: one model is served.")
     instruction: Text | None = Field(None, description="Task sentence.")
-    top_n: Count = None
+    top_n: Count | None = Field(None, description="Results to keep; null keeps all.")
     return_documents: bool | None = None
     return_text: bool | None = Field(None, description="TEI's name of return_documents.")
     raw_scores: bool | None = Field(None, description="TEI: log-odds in place of probabilities.")
-    max_tokens_per_doc: Count = None
+    max_tokens_per_doc: Count | None = None
 
 
 class ScoreRequest(BaseModel):
