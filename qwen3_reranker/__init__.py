@@ -22,9 +22,12 @@ if TYPE_CHECKING:
         Qwen3RerankerError,
         RankingError,
         ReentryError,
+        RemoteError,
+        RemoteProtocolError,
         TimedOutError,
     )
     from .prompt import TEMPLATES, PromptTemplate
+    from .remote import RemoteReranker
     from .reranker import Reranker
     from .results import RankedDocument, Scorer, Usage
 
@@ -44,6 +47,9 @@ _HOME = {
     "RankedDocument": "results",
     "RankingError": "errors",
     "ReentryError": "errors",
+    "RemoteError": "errors",
+    "RemoteProtocolError": "errors",
+    "RemoteReranker": "remote",
     "Reranker": "reranker",
     "Scorer": "results",
     "TEMPLATES": "prompt",
@@ -66,6 +72,9 @@ __all__ = [
     "RankedDocument",
     "RankingError",
     "ReentryError",
+    "RemoteError",
+    "RemoteProtocolError",
+    "RemoteReranker",
     "Reranker",
     "Scorer",
     "TimedOutError",

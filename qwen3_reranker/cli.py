@@ -1,4 +1,4 @@
-"""`qwen3-reranker`: rank documents and look at the set-up from a shell.
+"""`qwen3-reranker`: rank documents, serve a model and look at the set-up from a shell.
 
 Decides what is read and printed. Everything else is the library's.
 """
@@ -90,6 +90,22 @@ def _parser() -> argparse.ArgumentParser:
     _add_model_options(rank)
     rank.set_defaults(run=_rank)
 
+    serve = commands.add_parser(
+        "serve",
+        help="answer rerank requests over HTTP, as Jina, Cohere, vLLM and TEI do",
+        description="Answer rerank requests over HTTP at /v1/rerank. An API key is taken from "
+        "QWEN3_RERANKER_API_KEY or a file; without one only this machine can connect.",
+    )
+    serve.add_argument("model", help="Hub name, folder or .gguf file")
+    serve.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
+    serve.add_argument("--port", type=int, default=8012, help="default: %(default)s")
+    serve.add_argument("--api-key-file", metavar="FILE", help="file with the key of clients")
+    serve.add_argument("-i", "--instruction", help="task sentence of requests that have none")
+    serve.add_argument("--adapter", help="LoRA weights")
+    serve.add_argument("--max-length", type=int, default=8192, help="tokens per pair")
+    _add_model_options(serve)
+    serve.set_defaults(run=_serve)
+
     doctor = commands.add_parser(
         "doctor",
         help="show versions and choices; with a model, compare its scores with the official ones",
@@ -126,17 +142,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _rank(arguments: argparse.Namespace) -> int:
     lists = _candidate_lists(arguments)
-    from .reranker import Reranker
-
-    with Reranker(
-        arguments.model,
-        dtype=arguments.dtype,
-        device=arguments.device,
-        template=arguments.template,
-        adapter=arguments.adapter,
-        instruction=arguments.instruction,
-        max_length=arguments.max_length,
-    ) as reranker:
+    with _reranker(arguments) as reranker:
         # Everything is ranked before the cut, because nDCG is counted on whole lists.
         rankings = _rank_lists(reranker, lists)
         for candidates, ranking in zip(lists, rankings, strict=True):
@@ -257,6 +263,38 @@ def _print_summary(
             f"({len(judged)} queries with labels)"
         )
     print("\n" + "\n".join(lines), file=sys.stderr)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    try:
+        from .server import serve
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"the server needs {error.name}, which is not installed. Run: "
+            'pip install "qwen3-reranker[serve]"'
+        ) from error
+    serve(
+        _reranker(arguments),
+        arguments.model,
+        host=arguments.host,
+        port=arguments.port,
+        api_key_file=arguments.api_key_file,
+    )
+    return 0
+
+
+def _reranker(arguments: argparse.Namespace) -> Reranker:
+    from .reranker import Reranker
+
+    return Reranker(
+        arguments.model,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        template=arguments.template,
+        adapter=arguments.adapter,
+        instruction=arguments.instruction,
+        max_length=arguments.max_length,
+    )
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -11,7 +11,9 @@
     ├── OverloadedError (RuntimeError)     the queue of waiting calls is full; nothing was started
     ├── TimedOutError (TimeoutError)       a call took longer than its timeout; its work was dropped
     ├── ReentryError (RuntimeError)        a callback of the scoring thread called the reranker
-    └── ClosedError (RuntimeError)         the reranker was closed before the call was scored
+    ├── ClosedError (RuntimeError)         the reranker was closed before the call was scored
+    └── RemoteError (RuntimeError)         a rerank server cannot be reached, or refused the call
+        └── RemoteProtocolError            its reply is no ranking, or its prompt is not ours
 
 Messages say what is wrong, what was got, why it cannot work where that is not plain, and what to
 do next. They carry indices, lengths and types, never the text of a query or document.
@@ -66,3 +68,19 @@ class OverloadedError(Qwen3RerankerError, RuntimeError):
 
 class ClosedError(Qwen3RerankerError, RuntimeError):
     """The reranker was closed before the call was scored."""
+
+
+class RemoteError(Qwen3RerankerError, RuntimeError):
+    """A rerank server cannot be reached, or refused the call.
+
+    Attributes:
+        status: HTTP status of the refusal; None without one.
+    """
+
+    def __init__(self, message: str, *, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class RemoteProtocolError(RemoteError):
+    """A server's reply is no ranking, or the server does not apply the prompt template."""

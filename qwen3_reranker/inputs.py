@@ -16,6 +16,9 @@ import numpy as np
 from .errors import InputError
 from .prompt import TEMPLATES, PromptTemplate
 
+API_KEY_VARIABLE = "QWEN3_RERANKER_API_KEY"
+"""Where the server looks for the key of its clients, and a client for that of its server."""
+
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
@@ -71,6 +74,16 @@ def lists(queries: Any, documents_of: Any) -> tuple[list[str], list[list[str]]]:
             for i, row in enumerate(rows)
         ],
     )
+
+
+def repaired(text: str) -> str:
+    """Return a text that UTF-8 can carry: surrogate pairs joined, lone surrogates as U+FFFD.
+
+    Example:
+        >>> repaired("half a smile " + chr(0xD83D)) == "half a smile " + chr(0xFFFD)
+        True
+    """
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def pairs(value: Any) -> list[tuple[str, str]]:
@@ -186,6 +199,37 @@ def positive_int(name: str, value: Any) -> int:
             "leave it out for the default."
         )
     return int(value)
+
+
+def choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
+    """Return one of some words.
+
+    Raises:
+        InputError: If it is none of them.
+    """
+    if value not in choices:
+        raise InputError(
+            f"{name} must be one of {', '.join(choices)}, got {value!r}. Leave it out for "
+            f"{choices[0]}."
+        )
+    return str(value)
+
+
+def api_key(name: str, value: Any) -> str | None:
+    """Return a key that an HTTP header can carry; it is never shown.
+
+    Raises:
+        InputError: If it is no string of printable ASCII characters without spaces, or blank.
+    """
+    if value is None:
+        return None
+    key = value.strip() if isinstance(value, str) else ""
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise InputError(
+            f"{name} must be printable ASCII without spaces, got something else (not shown). Put "
+            "the key there, or leave it out."
+        )
+    return key
 
 
 def flag(name: str, value: Any) -> bool:

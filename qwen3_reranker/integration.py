@@ -21,6 +21,8 @@ _OF_A_MODEL = {
 }
 """Fields that say which model scores, with their defaults."""
 
+_REMOTE = ("http://", "https://")
+
 
 class Settings(Protocol):
     """The fields of a component."""
@@ -44,19 +46,27 @@ def check_settings(settings: Settings) -> None:
         InputError: If a field cannot be used, or describes a model beside an injected reranker.
     """
     rank_options(settings)
-    if settings.reranker is None:
-        scorer_of(settings)
-        return
     ignored = [name for name, value in _OF_A_MODEL.items() if getattr(settings, name) != value]
-    if ignored:
+    if settings.reranker is not None:
+        if ignored:
+            raise InputError(
+                f"reranker is given, so {', '.join(ignored)} would have no effect. Set them on the "
+                "object passed as reranker."
+            )
+        return
+    ignored = [name for name in ignored if name != "model"]
+    if settings.model.startswith(_REMOTE) and ignored:
         raise InputError(
-            f"reranker is given, so {', '.join(ignored)} would have no effect. Set them on the "
-            "object passed as reranker."
+            f"model is a server's address, so {', '.join(ignored)} would have no effect. Set them "
+            "on the server."
         )
+    scorer_of(settings)
 
 
 def scorer_of(settings: Settings) -> Scorer:
-    """Return the injected reranker, or one that shares its weights with others of its settings.
+    """Return the injected reranker, or one that shares weights with others of its settings.
+
+    An address of a server gives a `RemoteReranker`, which shares connections likewise.
 
     Asked for at every call, because a field may have been assigned since. Equal settings are one
     model for as long as one of their rerankers is held, so the component holds the last.
@@ -64,6 +74,11 @@ def scorer_of(settings: Settings) -> Scorer:
     if settings.reranker is not None:
         settings._held = None
         return settings.reranker
+    if settings.model.startswith(_REMOTE):
+        from .remote import RemoteReranker  # needs httpx
+
+        settings._held = RemoteReranker(settings.model, instruction=settings.instruction)
+        return settings._held
     held = Reranker.shared(
         settings.model,
         adapter=settings.adapter,

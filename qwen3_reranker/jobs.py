@@ -71,6 +71,13 @@ class EncodedJob:
     pieces: list[list[list[Piece] | None]]
     truncated: list[list[bool]]
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts, as if each were read alone."""
+        return sum(
+            len(group.head) + len(document) for group in self.groups for document in group.documents
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Scored:

@@ -408,6 +408,7 @@ class Reranker:
             self._usage = Usage(
                 self._usage.documents + job.num_documents,
                 self._usage.tokens + scores.tokens,
+                self._usage.prompt_tokens + encoded.prompt_tokens,
                 self._usage.truncated + sum(map(sum, encoded.truncated)),
                 self._usage.repaired + sum(group.num_repaired for group in encoded.groups),
             )

@@ -27,6 +27,8 @@ class RankedDocument:
         truncated: True if a part of the document was not read, to fit `max_length`.
         window: Start and stop in characters of the best window, if the document was read in
             windows because of its length; the reranker's `window_score` says how.
+        reranked: False if a server failed and the list is as it was given; score and log-odds are
+            NaN then.
     """
 
     index: int
@@ -35,6 +37,7 @@ class RankedDocument:
     log_odds: float
     truncated: bool
     window: tuple[int, int] | None = None
+    reranked: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +47,14 @@ class Usage:
     Attributes:
         documents: Documents scored, duplicates included.
         tokens: Tokens the model computed; shared heads and duplicates count once per pack.
+        prompt_tokens: Tokens of all prompts, each counted whole, as other servers report them.
         truncated: Documents cut to `max_length`.
         repaired: Texts in which lone surrogates were replaced by U+FFFD.
     """
 
     documents: int = 0
     tokens: int = 0
+    prompt_tokens: int = 0
     truncated: int = 0
     repaired: int = 0
 
@@ -117,6 +122,8 @@ def verify_ranking(
             f"the reranker returned {len(indices)} of {num_documents} documents where {expected} "
             "were asked for; the others would be lost. Correct the object passed as reranker."
         )
+    if ranking and not any(result.reranked for result in ranking):
+        return  # a server failed, and its caller chose the given order
     broken = [result.index for result in ranking if not math.isfinite(result.score)]
     if broken:
         raise NonFiniteScoreError(

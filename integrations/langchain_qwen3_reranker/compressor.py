@@ -39,7 +39,7 @@ class Qwen3Reranker(BaseDocumentCompressor):
     """
 
     model: Name = "Qwen/Qwen3-Reranker-0.6B"
-    """Hub name, local folder, .gguf file, or "embedded" for the small demo model."""
+    """Hub name, local folder, .gguf file, "embedded" (a small demo model), or a server's URL."""
     adapter: Name | None = None
     """Folder or Hub name of LoRA weights."""
     instruction: str | None = None
@@ -114,7 +114,10 @@ class Qwen3Reranker(BaseDocumentCompressor):
             options["top_n"] = top_n
         ranking = scorer_of(self).rank(query, texts, **options)
         verify_ranking(ranking, len(texts), options["top_n"], self.score_threshold)
-        return [{"index": r.index, "relevance_score": float(r.score)} for r in ranking]
+        return [
+            {"index": r.index, "relevance_score": float(r.score) if r.reranked else None}
+            for r in ranking
+        ]
 
     def _run(self) -> RunnableLambda[dict[str, Any], list[Document]]:
         # A runnable is what LangChain traces: inputs, outputs, time and errors, sync and async.
@@ -143,18 +146,19 @@ class Qwen3Reranker(BaseDocumentCompressor):
         # model_copy keeps the id, which the constructor would drop.
         return [
             documents[result.index].model_copy(
-                update={
-                    "metadata": {
-                        **documents[result.index].metadata,
-                        "relevance_score": float(result.score),
-                    }
-                }
+                update={"metadata": _metadata(documents[result.index], result)}
             )
             for result in ranking
         ]
 
     def _config(self, callbacks: Callbacks | None) -> RunnableConfig:
         return {"callbacks": callbacks, "run_name": type(self).__name__}
+
+
+def _metadata(document: Document, result: RankedDocument) -> dict[str, Any]:
+    others = {k: value for k, value in document.metadata.items() if k != "relevance_score"}
+    # A document that a failing server left in its place has no score, not even an earlier one.
+    return {**others, "relevance_score": float(result.score)} if result.reranked else others
 
 
 def _call(documents: Sequence[Document], query: str) -> dict[str, Any]:

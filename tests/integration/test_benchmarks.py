@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import growth, training
+from benchmarks import growth, server_load, training
 from benchmarks.trainers import load_ours, load_plain
 from benchmarks.workload import in_new_process
 from tests.official import SUFFIX
@@ -69,3 +69,20 @@ def test_memory_is_linear_in_length_and_bounded_under_a_long_query(
     brief, lengthy = (peak_mb(folder, "query", n) for n in (15, 4000))
     print(f"{brief:.0f}, {lengthy:.0f} MB for a query of 15 and of 4,000 tokens, 500 documents")
     assert lengthy <= 1.5 * brief
+
+
+@pytest.mark.slow  # starts a server
+def test_server_load_prints_and_stores_every_concurrency(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_load, "COMPAT_PYTHON", tmp_path / "none")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    file = tmp_path / "load.json"
+    command = "--widths tiny --layers 1 --requests 4 --rounds 1 --concurrency 1 2 --json"
+    assert server_load.main([*command.split(), str(file)]) == 0
+    results = json.loads(file.read_text())["results"]
+    assert [(r["server"], r["concurrency"]) for r in results] == [("ours", 1), ("ours", 2)]
+    table = capsys.readouterr().out
+    for result in results:
+        assert f"| ours | {result['per_second']:.1f} |" in table
+        assert 0 < result["p50_ms"] <= result["p95_ms"] <= result["p99_ms"]

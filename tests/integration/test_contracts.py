@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 from langchain_classic.retrievers.document_compressors import CrossEncoderReranker
 from langchain_classic.retrievers.document_compressors.cross_encoder import BaseCrossEncoder
-from langchain_core.documents import BaseDocumentCompressor
+from langchain_core.documents import BaseDocumentCompressor, Document
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
+from llama_index.core.schema import NodeWithScore, TextNode
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from langchain_qwen3_reranker import Qwen3Reranker as LangChainReranker
 from llama_index.postprocessor.qwen3_reranker import Qwen3Reranker as LlamaIndexReranker
-from qwen3_reranker import RankedDocument
+from qwen3_reranker import RankedDocument, RemoteError, transport
 from qwen3_reranker.packing import Pack
 from qwen3_reranker.results import cut_ranking
 from tests import real_parts
@@ -28,6 +29,7 @@ from tests.contract_compressor import CompressorContract
 from tests.contract_model import Model
 from tests.contract_postprocessor import PostprocessorContract
 from tests.fakes import FakeModel, loaded, qwen3_tokenizer
+from tests.fault_server import FaultServer, fault_server
 
 
 @dataclass
@@ -125,6 +127,48 @@ class TestLlamaIndexOnTheCore(PostprocessorContract):
         self.network.model = model
         settings.setdefault("metadata_mode", "none")
         return LlamaIndexReranker(model="a model", **settings)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[FaultServer]:
+    with fault_server() as server:
+        yield server
+
+
+class OnAServer:
+    """Over HTTP: what the model raises reaches the caller as an error of the server."""
+
+    @pytest.fixture(autouse=True)
+    def _use(self, server: FaultServer, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(transport.random, "uniform", lambda low, high: 0.0)
+        monkeypatch.setattr(transport, "_ATTEMPTS", 1)
+        self.server = server
+
+    def remote(self, model: Model) -> str:
+        """Return the address of a server with this model."""
+        self.server.model = model
+        return self.server.url
+
+
+class TestLangChainOnAServer(OnAServer, CompressorContract):
+    def make(self, model: Model, **settings: Any) -> BaseDocumentCompressor:
+        return LangChainReranker(model=self.remote(model), **settings)
+
+    def test_error_of_the_model_reaches_the_caller(self, compress: Any) -> None:
+        compressor = self.make(Model(error=RuntimeError("the model is gone")))
+        with pytest.raises(RemoteError, match="status 500"):
+            compress(compressor, [Document("x scores 0.2")], "which one?")
+
+
+class TestLlamaIndexOnAServer(OnAServer, PostprocessorContract):
+    def make(self, model: Model, **settings: Any) -> BaseNodePostprocessor:
+        settings.setdefault("metadata_mode", "none")
+        return LlamaIndexReranker(model=self.remote(model), **settings)
+
+    def test_error_of_the_model_reaches_the_caller(self, postprocess: Any) -> None:
+        postprocessor = self.make(Model(error=RuntimeError("the model is gone")))
+        with pytest.raises(RemoteError, match="status 500"):
+            postprocess(postprocessor, [NodeWithScore(node=TextNode(text="x scores 0.2"))])
 
 
 class ScriptedCrossEncoder(BaseCrossEncoder):

@@ -28,7 +28,14 @@ from llama_index.core.schema import MetadataMode, NodeWithScore, TextNode
 
 from langchain_qwen3_reranker import Qwen3Reranker as LangChainReranker
 from llama_index.postprocessor.qwen3_reranker import Qwen3Reranker as LlamaIndexReranker
-from qwen3_reranker import InputError, RankedDocument, RankingError, Reranker, Scorer
+from qwen3_reranker import (
+    InputError,
+    RankedDocument,
+    RankingError,
+    RemoteReranker,
+    Reranker,
+    Scorer,
+)
 from qwen3_reranker.demo import LangChainEmbedding, LlamaIndexEmbedding, read_corpus
 from qwen3_reranker.integration import scorer_of
 from tests.fakes import FakeModel, forbid_loading, loaded, replace_load_model
@@ -364,6 +371,33 @@ def test_model_settings_beside_a_reranker_are_refused() -> None:
         for setting in ({"model": "other"}, {"dtype": "float32"}, {"max_length": 100}):
             with pytest.raises(ValueError, match=f"{next(iter(setting))} would have no effect"):
                 integration(reranker=Spy(), **setting)
+
+
+@pytest.mark.parametrize("integration", INTEGRATIONS)
+def test_model_settings_beside_a_servers_address_are_refused(
+    integration: Callable[..., Any],
+) -> None:
+    url = "http://127.0.0.1:1"
+    for setting in ({"adapter": "x"}, {"dtype": "float32"}, {"max_length": 100}):
+        with pytest.raises(ValueError, match=f"{next(iter(setting))} would have no effect"):
+            integration(model=url, **setting)
+    scorer = scorer_of(integration(model=url, instruction="task"))
+    assert repr(scorer) == f"RemoteReranker({url!r})"
+
+
+async def test_order_kept_by_a_failed_server_has_no_scores() -> None:
+    failing = RemoteReranker("http://127.0.0.1:1", on_error="keep_order")
+    documents = [Document("x", metadata={"relevance_score": 0.9, "page": 1}), Document("y")]
+    compressor = LangChainReranker(reranker=failing, top_n=1)
+    for kept in (
+        compressor.compress_documents(documents, QUERY),
+        await compressor.acompress_documents(documents, QUERY),
+    ):
+        assert [(d.page_content, d.metadata) for d in kept] == [("x", {"page": 1})]
+    assert compressor.rerank(["x"], QUERY) == [{"index": 0, "relevance_score": None}]
+    nodes = [NodeWithScore(node=TextNode(text=text), score=0.5) for text in ("x", "y")]
+    ranked = LlamaIndexReranker(reranker=failing).postprocess_nodes(nodes, query_str=QUERY)
+    assert [(node.text, node.score) for node in ranked] == [("x", None), ("y", None)]
 
 
 @pytest.mark.parametrize("integration", INTEGRATIONS)

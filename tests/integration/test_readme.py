@@ -15,12 +15,17 @@ import pytest
 from finetune.cli import main as finetune
 from qwen3_reranker.cli import main
 from qwen3_reranker.results import probability
+from tests.servers import serving
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FOLDERS = ("qwen3_reranker", "finetune", "benchmarks", "tests")
 MODEL = "Qwen/Qwen3-Reranker-0.6B"
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+SERVER = "http://127.0.0.1:8012"
+ALL_BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+BLOCKS = [block for block in ALL_BLOCKS if SERVER not in block]
+SERVER_BLOCKS = [block for block in ALL_BLOCKS if SERVER in block]
+CURL_COMMANDS = re.findall(r"^(curl .*)$", README, re.MULTILINE)
 FINETUNE_COMMANDS = re.findall(r"^(qwen3-finetune .*)$", README, re.MULTILINE)
 OUTPUTS = re.findall(r"^```text\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 COMMANDS = re.findall(r"^(qwen3-reranker .*?)(?:  +#.*)?$", README, re.MULTILINE)
@@ -55,6 +60,8 @@ def test_command_runs(
         file.write(
             '{"query": "q", "candidates": [{"text": "a", "label": 1}, {"text": "b", "label": 0}]}\n'
         )
+    if command.startswith("qwen3-reranker serve"):
+        pytest.skip("runs below, with the clients shown")
     if "--adapter" in command:
         pytest.skip("runs with the fine-tuning commands below")
     arguments = shlex.split(command.replace(MODEL, str(checkpoint())))[1:]
@@ -77,9 +84,27 @@ def test_fine_tuning_commands_run_one_after_the_other(
         assert {"qwen3-finetune": finetune, "qwen3-reranker": main}[program](arguments) == 0
 
 
+def test_server_answers_the_clients_shown(checkpoint: Callable[..., Path]) -> None:
+    (command,) = [command for command in COMMANDS if " serve " in command]
+    _, _, model, *options = shlex.split(command)
+    assert model == MODEL
+    with serving(checkpoint(), *options) as server:
+        for command in CURL_COMMANDS:
+            arguments = shlex.split(command.replace(SERVER, server.url))
+            done = subprocess.run(arguments, capture_output=True, check=True)
+            assert [r["index"] for r in json.loads(done.stdout)["results"]] in ([0, 1], [1, 0])
+        for block in SERVER_BLOCKS:
+            code = block.replace(SERVER, server.url)
+            done = subprocess.run(
+                [sys.executable, "-W", "error", "-c", code], capture_output=True, check=False
+            )
+            assert done.returncode == 0, done.stderr
+            assert b"RankedDocument(index=" in done.stdout
+
+
 def test_readme_shows_what_this_file_runs() -> None:
-    assert len(BLOCKS) == 4
-    assert len(COMMANDS) == 6
+    assert (len(BLOCKS), len(SERVER_BLOCKS), len(CURL_COMMANDS)) == (4, 1, 1)
+    assert len(COMMANDS) == 7
     assert len(FINETUNE_COMMANDS) == 3
 
 

@@ -20,3 +20,16 @@ def test_load_through_all_paths_is_exact_and_leaves_nothing(minutes: str) -> Non
     )
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_server_survives_clients_that_misbehave() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.server_soak", "--seconds", "60"],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr

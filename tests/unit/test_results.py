@@ -60,3 +60,12 @@ def test_verify_ranking_refuses_scores_that_are_no_numbers(score: float) -> None
     broken = [*ranking(2, 0), *ranking(1, score=score)]
     with pytest.raises(NonFiniteScoreError, match="for document 1"):
         verify_ranking(broken, 3, None, None)
+
+
+def test_verify_ranking_accepts_a_list_left_as_it_was_and_nothing_half_ranked() -> None:
+    left = [RankedDocument(i, "", math.nan, math.nan, False, reranked=False) for i in range(3)]
+    verify_ranking(left, 3, None, 0.5)
+    with pytest.raises(RankingError, match="2 of 3 documents"):
+        verify_ranking(left[:2], 3, None, None)
+    with pytest.raises(NonFiniteScoreError):
+        verify_ranking([*ranking(0), *left[1:]], 3, None, None)

@@ -63,7 +63,7 @@ class Qwen3Reranker(BaseNodePostprocessor):
 
     model: Name = Field(
         "Qwen/Qwen3-Reranker-0.6B",
-        description='Hub name, local folder, .gguf file, or "embedded" for the small demo model.',
+        description='Hub name, folder, .gguf file, "embedded" (a small demo model) or server URL.',
     )
     adapter: Name | None = Field(None, description="Folder or Hub name of LoRA weights.")
     instruction: str | None = Field(
@@ -172,7 +172,7 @@ class Qwen3Reranker(BaseNodePostprocessor):
         kept = [nodes[result.index] for result in ranking]
         copies = [_with_retrieval_score(n) if self.keep_retrieval_score else n.node for n in kept]
         return [
-            NodeWithScore(node=node, score=float(result.score))
+            NodeWithScore(node=node, score=float(result.score) if result.reranked else None)
             for node, result in zip(copies, ranking, strict=True)
         ]
 

@@ -1,0 +1,251 @@
+"""What a foreign rerank server understands, found out by asking it once; bodies and replies.
+
+Decides the path and the shape (Jina, Cohere and vLLM; or TEI), whether the server applies a prompt
+template, and which replies are rankings. Knows nothing of sockets.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any, Literal
+
+from .errors import InputError, RemoteError, RemoteProtocolError, TimedOutError
+from .inputs import repaired
+from .prompt import QWEN3_RERANKER
+from .results import probability
+from .transport import Connection
+
+logger = logging.getLogger(__name__)
+
+PromptMode = Literal["server", "client"]
+
+_PROBE_QUERY, _PROBE_DOCUMENT = "a", "b"
+# Tokens of the probe's query and document are two, and a few more that join them. The template
+# around them has more than 60, and an instruction that is read has one for each of its words.
+_FEWEST_OF_A_TEMPLATE = 16
+_PROBE_WORDS = 256
+_PROBE_INSTRUCTION = " ".join(["x"] * _PROBE_WORDS)
+_LEAST = 1e-300  # log-odds of it are finite, and so is their exponential
+_NOT_HERE = frozenset({400, 404, 405, 422})
+"""Statuses of a server that has no such path, or does not understand the shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """What one server understands.
+
+    Attributes:
+        url: Where requests go.
+        field: Name of the documents: "documents", or "texts" for TEI.
+        reads_instruction: True if it puts a request's instruction into the prompt.
+    """
+
+    url: str
+    field: str
+    reads_instruction: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteScore:
+    """What a server said of a document."""
+
+    log_odds: float
+    truncated: bool
+
+
+class Endpoint:
+    """A server, asked what it understands by the first request.
+
+    Args:
+        connection: How it is reached.
+        url: Its address, or that of its rerank path.
+        model: Name sent with requests; None sends none.
+        prompt_mode: Who puts the texts into the prompt.
+        max_tokens_per_doc: Sent with requests; None sends none.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        *,
+        url: str,
+        model: str | None,
+        prompt_mode: PromptMode,
+        max_tokens_per_doc: int | None,
+    ) -> None:
+        self.connection = connection
+        self._url = url.rstrip("/")
+        self._model = model
+        self._prompt_mode = prompt_mode
+        self._max_tokens_per_doc = max_tokens_per_doc
+        self._dialect: Dialect | None = None
+        self._lock = threading.Lock()
+
+    def score(
+        self, instruction: str | None, query: str, documents: Sequence[str], deadline: float
+    ) -> list[RemoteScore]:
+        """Score documents with one request.
+
+        Raises:
+            InputError: If the server does not read the instruction.
+            Qwen3RerankerError: As `Connection.post`.
+            RemoteProtocolError: If the reply is not one score for each document.
+        """
+        dialect = self._ask(deadline)
+        if instruction is not None and self._prompt_mode == "server":
+            _check_instruction_is_read(dialect)
+        body = self._body(dialect.field, instruction, query, documents)
+        if self._max_tokens_per_doc is not None:
+            body["max_tokens_per_doc"] = self._max_tokens_per_doc
+        return read_scores(self.connection.post(dialect.url, body, deadline), len(documents))
+
+    def _ask(self, deadline: float) -> Dialect:
+        """Return what the server understands; concurrent first calls ask once."""
+        if self._dialect is not None:
+            return self._dialect
+        left = min(deadline - monotonic(), threading.TIMEOUT_MAX)
+        if not self._lock.acquire(timeout=max(left, 0)):
+            raise TimedOutError("the server did not answer within timeout_s. Allow more time.")
+        try:
+            if self._dialect is None:
+                self._dialect = self._probe(deadline)
+            return self._dialect
+        finally:
+            self._lock.release()
+
+    def _probe(self, deadline: float) -> Dialect:
+        ways = [(f"{self._url}/v1/rerank", "documents")]
+        if self._url.endswith("/rerank"):
+            ways = [(self._url, "documents"), (self._url, "texts")]
+        else:
+            ways += [(f"{self._url}/rerank", "documents"), (f"{self._url}/rerank", "texts")]
+        question = self._model_field() | {"query": _PROBE_QUERY}
+        if self._prompt_mode == "server":
+            question["instruction"] = _PROBE_INSTRUCTION
+        refusals: list[RemoteError] = []
+        for url, field in ways:
+            try:
+                answer = self.connection.post(url, question | {field: [_PROBE_DOCUMENT]}, deadline)
+            except RemoteError as error:
+                if error.status not in _NOT_HERE:
+                    raise
+                refusals.append(error)
+                continue
+            read_scores(answer, 1)
+            tokens = _prompt_tokens(answer)
+            self._check_template(tokens)
+            return Dialect(url, field, tokens is not None and tokens >= _PROBE_WORDS)
+        raise refusals[0]
+
+    def _check_template(self, tokens: int | None) -> None:
+        if tokens is None:
+            logger.info("The server reports no tokens; who applies the prompt cannot be checked.")
+            return
+        is_applied = tokens >= _FEWEST_OF_A_TEMPLATE
+        if self._prompt_mode == "server" and not is_applied:
+            raise RemoteProtocolError(
+                f"the server applies no prompt template: it read {tokens} tokens where a prompt of "
+                "Qwen3-Reranker has more than 60, so its scores would mean nothing. Start it with "
+                "the template, or use prompt_mode='client'."
+            )
+        if self._prompt_mode == "client" and is_applied:
+            raise RemoteProtocolError(
+                f"the server applies a prompt template of its own ({tokens} tokens for two "
+                "letters), and prompt_mode='client' would put one prompt into another. Use "
+                "prompt_mode='server'."
+            )
+
+    def _body(
+        self, field: str, instruction: str | None, query: str, documents: Sequence[str]
+    ) -> dict[str, Any]:
+        body = self._model_field()
+        if self._prompt_mode == "client":
+            template = QWEN3_RERANKER
+            if instruction is None:
+                instruction = template.default_instruction
+            query = (
+                template.prefix + template.instruction_label + instruction
+                + template.query_label + query + "\n"
+            )  # fmt: skip
+            label = template.document_label.removeprefix("\n") + " "
+            documents = [label + document + template.suffix for document in documents]
+        elif instruction is not None:
+            body["instruction"] = repaired(instruction)
+        body["query"] = repaired(query)
+        body[field] = [repaired(document) for document in documents]
+        return body
+
+    def _model_field(self) -> dict[str, Any]:
+        return {} if self._model is None else {"model": self._model}
+
+
+def _check_instruction_is_read(dialect: Dialect) -> None:
+    if not dialect.reads_instruction:
+        raise InputError(
+            "the server does not read instructions (llama.cpp has one fixed in its file, TEI has "
+            "none). Leave instruction out, or use a server that does, such as ours or vLLM."
+        )
+
+
+def _prompt_tokens(answer: Any) -> int | None:
+    usage = answer.get("usage") if isinstance(answer, dict) else None
+    if not isinstance(usage, dict):
+        return None
+    tokens = usage.get("prompt_tokens", usage.get("total_tokens"))
+    return tokens if isinstance(tokens, int) else None
+
+
+def read_scores(answer: Any, count: int) -> list[RemoteScore]:
+    """Return one score per document from a reply in any shape.
+
+    Raises:
+        RemoteProtocolError: If a document has no score or several, or one that is no probability.
+
+    Example:
+        >>> [score.log_odds for score in read_scores([{"index": 0, "score": 0.5}], 1)]
+        [0.0]
+    """
+    rows = answer.get("results") if isinstance(answer, dict) else answer
+    if not isinstance(rows, list):
+        raise _no_ranking("it has no list of results")
+    scores: dict[int, RemoteScore] = {}
+    for row in rows:
+        index = row.get("index") if isinstance(row, dict) else None
+        if type(index) is not int or not 0 <= index < count:
+            raise _no_ranking(f"an index is missing or none of the {count} documents'")
+        if index in scores:
+            raise _no_ranking(f"index {index} stands twice")
+        scores[index] = _read_score(row, index)
+    if len(scores) != count:
+        raise _no_ranking(f"it has {len(scores)} results for {count} documents")
+    return [scores[index] for index in range(count)]
+
+
+def _read_score(row: dict[str, Any], index: int) -> RemoteScore:
+    score = row.get("relevance_score", row.get("score"))
+    is_number = isinstance(score, (int, float)) and not isinstance(score, bool)
+    if score is None or not is_number or not 0 <= score <= 1:  # also NaN
+        raise _no_ranking(f"the score of index {index} is no number between 0 and 1")
+    log_odds = row.get("log_odds")  # ours sends them: they do not saturate
+    if not isinstance(log_odds, float) or not math.isclose(
+        probability(log_odds), score, abs_tol=1e-6
+    ):
+        log_odds = _log_odds(score)
+    return RemoteScore(log_odds, row.get("truncated") is True)
+
+
+def _log_odds(score: float) -> float:
+    """Return log-odds of a probability; finite, so that 0 and 1 can be sorted with the rest."""
+    return math.log(max(score, _LEAST)) - math.log1p(-min(score, 1 - math.ulp(0.5)))
+
+
+def _no_ranking(fault: str) -> RemoteProtocolError:
+    return RemoteProtocolError(
+        f"the server's reply is no ranking: {fault}. Nothing of it is used. Check that the URL is "
+        "a rerank server's."
+    )

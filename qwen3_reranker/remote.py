@@ -1,0 +1,411 @@
+"""The verbs of `Reranker` on a rerank server: ours, vLLM, llama.cpp, TEI, Jina- and Cohere-like.
+
+Decides how a call becomes requests and what happens when one fails. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from dataclasses import dataclass
+from time import monotonic
+from types import TracebackType
+from typing import Any, ClassVar, Literal, Self
+from urllib.parse import urlsplit
+
+from . import inputs
+from .dialects import Endpoint, PromptMode, RemoteScore
+from .errors import ClosedError, InputError, Qwen3RerankerError, TimedOutError
+from .jobs import Job, Scored, rank_all
+from .results import RankedDocument
+from .transport import Connection
+
+logger = logging.getLogger(__name__)
+
+OnError = Literal["raise", "keep_order"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A request of a call: some distinct documents of one query."""
+
+    query: int
+    documents: list[str]
+    future: Future[list[RemoteScore]]
+
+
+class RemoteReranker:
+    """Scores documents on a server, with the verbs and results of `Reranker`.
+
+    The first call asks the server which shape it speaks, whether it applies the prompt template
+    and whether it reads instructions; one that applies none is refused, because its scores would
+    mean nothing. Objects of equal settings share their connections. Log-odds are the server's
+    where it sends them (ours does), else those of its score; `truncated` is False where a server
+    does not say. Only our server keeps text from spelling control tokens.
+
+    Args:
+        url: Address of a server, or of its rerank path.
+        api_key: Sent as bearer token; None takes `QWEN3_RERANKER_API_KEY`. Not part of pickles.
+        model: Name sent to servers that want one.
+        instruction: Task sentence for every call that gives none; None leaves it to the server.
+        prompt_mode: "server" leaves the prompt to the server. "client" sends whole prompts, for a
+            server that joins query and document bare, as vLLM does without a template.
+        max_tokens_per_doc: Asks a server that can to cut documents; vLLM refuses what is too long.
+        timeout_s: Seconds for a call, over all its requests and tries; None for no limit.
+        max_documents_per_request: Larger calls are split; TEI takes 32.
+        max_in_flight: Requests under way at a time.
+        on_error: "keep_order" returns the given order, each result with `reranked=False` and no
+            score, where a ranking fails for any reason but the caller's arguments.
+
+    Raises:
+        InputError: If an argument has the wrong type or value.
+        MissingExtraError: If httpx is not installed.
+
+    Example:
+        >>> RemoteReranker("http://127.0.0.1:8012")
+        RemoteReranker('http://127.0.0.1:8012')
+    """
+
+    _endpoints: ClassVar[weakref.WeakValueDictionary[tuple[Any, ...], Endpoint]] = (
+        weakref.WeakValueDictionary()
+    )
+    _endpoints_lock: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str | None = None,
+        model: str | None = None,
+        instruction: str | None = None,
+        prompt_mode: PromptMode = "server",
+        max_tokens_per_doc: int | None = None,
+        timeout_s: float | None = 60.0,
+        max_documents_per_request: int = 32,
+        max_in_flight: int = 8,
+        on_error: OnError = "raise",
+    ) -> None:
+        self._url = _checked_url(url)
+        self._api_key = api_key
+        self._settings: dict[str, Any] = {
+            "model": inputs.name_or_none("model", model),
+            "instruction": inputs.instruction(instruction),
+            "prompt_mode": inputs.choice("prompt_mode", prompt_mode, ("server", "client")),
+            "max_tokens_per_doc": max_tokens_per_doc,
+            "timeout_s": inputs.timeout(timeout_s),
+            "max_documents_per_request": inputs.positive_int(
+                "max_documents_per_request", max_documents_per_request
+            ),
+            "max_in_flight": inputs.positive_int("max_in_flight", max_in_flight),
+            "on_error": inputs.choice("on_error", on_error, ("raise", "keep_order")),
+        }
+        if max_tokens_per_doc is not None:
+            inputs.positive_int("max_tokens_per_doc", max_tokens_per_doc)
+        self._endpoint: Endpoint | None = self._share()
+        self._has_warned = False
+
+    def rank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        instruction: str | None = None,
+        top_n: int | None = None,
+        score_threshold: float | None = None,
+        timeout_s: float | None = None,
+    ) -> list[RankedDocument]:
+        """Return the documents, most relevant first; equal scores keep the caller's order.
+
+        Takes what `Reranker.rank` takes.
+
+        Raises:
+            InputError: If an argument cannot be used, or the server does not read instructions.
+            OverloadedError: If the server has too much to do.
+            TimedOutError: If the call takes longer than its time.
+            RemoteError: If the server cannot be reached, or refuses.
+            RemoteProtocolError: If a reply is no ranking, or the server applies no template.
+            ClosedError: If the reranker is closed.
+        """
+        (ranked,) = self.rank_many(
+            [query],
+            [documents],
+            instruction=inputs.instruction(instruction),
+            top_n=top_n,
+            score_threshold=score_threshold,
+            timeout_s=timeout_s,
+        )
+        return ranked
+
+    async def arank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        instruction: str | None = None,
+        top_n: int | None = None,
+        score_threshold: float | None = None,
+        timeout_s: float | None = None,
+    ) -> list[RankedDocument]:
+        """Return what `rank` returns without blocking the event loop.
+
+        Raises:
+            Qwen3RerankerError: As `rank`.
+        """
+        job = self._job([query], [documents], inputs.instruction(instruction), timeout_s)
+        inputs.cut(top_n, score_threshold)
+        try:
+            scored = await self._ascore(job)
+        except Qwen3RerankerError as error:
+            (ranked,) = self._in_given_order(job, top_n, error)
+        else:
+            (ranked,) = rank_all(job, scored, top_n, score_threshold)
+        return ranked
+
+    def rank_many(
+        self,
+        queries: Sequence[str],
+        documents: Sequence[Sequence[str]],
+        *,
+        instruction: str | Sequence[str | None] | None = None,
+        top_n: int | None = None,
+        score_threshold: float | None = None,
+        timeout_s: float | None = None,
+    ) -> list[list[RankedDocument]]:
+        """Rank one list of documents per query, in the order of the queries.
+
+        Raises:
+            Qwen3RerankerError: As `rank`.
+        """
+        job = self._job(queries, documents, instruction, timeout_s)
+        inputs.cut(top_n, score_threshold)
+        try:
+            scored = self._score(job)
+        except Qwen3RerankerError as error:
+            return self._in_given_order(job, top_n, error)
+        return rank_all(job, scored, top_n, score_threshold)
+
+    def score(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        instruction: str | None = None,
+        timeout_s: float | None = None,
+    ) -> list[float]:
+        """Return P("yes") of each document, aligned with the input; fails where it cannot.
+
+        Raises:
+            Qwen3RerankerError: As `rank`.
+        """
+        job = self._job([query], [documents], inputs.instruction(instruction), timeout_s)
+        return self._score(job).probabilities
+
+    async def ascore(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        instruction: str | None = None,
+        timeout_s: float | None = None,
+    ) -> list[float]:
+        """Return what `score` returns without blocking the event loop.
+
+        Raises:
+            Qwen3RerankerError: As `rank`.
+        """
+        job = self._job([query], [documents], inputs.instruction(instruction), timeout_s)
+        return (await self._ascore(job)).probabilities
+
+    def score_pairs(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        instruction: str | None = None,
+        timeout_s: float | None = None,
+    ) -> list[float]:
+        """Return P("yes") of each (query, document), aligned.
+
+        Raises:
+            Qwen3RerankerError: As `rank`.
+        """
+        checked = inputs.pairs(pairs)
+        by_query: dict[str, list[int]] = {}
+        for i, (query, _) in enumerate(checked):
+            by_query.setdefault(query, []).append(i)
+        rows = [[checked[i][1] for i in places] for places in by_query.values()]
+        job = self._job(list(by_query), rows, inputs.instruction(instruction), timeout_s)
+        order = [i for places in by_query.values() for i in places]
+        scores = dict(zip(order, self._score(job).probabilities, strict=True))
+        return [scores[i] for i in range(len(checked))]
+
+    def close(self) -> None:
+        """Give up the connections unless others share them."""
+        self._endpoint = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._url!r})"
+
+    def __copy__(self) -> Self:
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self.__copy__()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the settings without the key; a copy takes the environment's."""
+        return _rebuild, (type(self), self._url, self._settings)
+
+    def _share(self) -> Endpoint:
+        """Return the process's endpoint of these settings."""
+        api_key = inputs.api_key(
+            "api_key", self._api_key or os.environ.get(inputs.API_KEY_VARIABLE)
+        )
+        names = ("model", "prompt_mode", "max_tokens_per_doc")
+        asked = {name: self._settings[name] for name in names}
+        max_in_flight = self._settings["max_in_flight"]
+        key = (self._url, api_key, max_in_flight, *asked.values())
+        with self._endpoints_lock:
+            endpoint = self._endpoints.get(key)
+            if endpoint is None:
+                endpoint = Endpoint(Connection(api_key, max_in_flight), url=self._url, **asked)
+                self._endpoints[key] = endpoint
+            return endpoint
+
+    def _job(self, queries: Any, documents: Any, instruction: Any, timeout_s: Any) -> Job:
+        if self._endpoint is None:
+            raise ClosedError("this reranker is closed. Make a new one.")
+        seconds = inputs.timeout(timeout_s)
+        if seconds is None:
+            seconds = self._settings["timeout_s"]
+        queries, documents = inputs.lists(queries, documents)
+        default = self._settings["instruction"]
+        instructions = [
+            default if given is None else given
+            for given in inputs.instructions(instruction, len(queries))
+        ]
+        deadline = None if seconds is None else monotonic() + seconds
+        return Job(queries, documents, instructions, deadline)
+
+    def _score(self, job: Job) -> Scored:
+        parts = self._submit(job)
+        try:
+            futures = [part.future for part in parts]
+            done, _ = wait(futures, job.seconds_left(), return_when=FIRST_EXCEPTION)
+            return _join(job, parts, done)
+        finally:
+            for part in parts:
+                part.future.cancel()
+
+    async def _ascore(self, job: Job) -> Scored:
+        parts = self._submit(job)
+        waiting = [asyncio.wrap_future(part.future) for part in parts]
+        try:
+            if waiting:
+                await asyncio.wait(
+                    waiting, timeout=job.seconds_left(), return_when=asyncio.FIRST_EXCEPTION
+                )
+            return _join(job, parts, {part.future for part in parts if part.future.done()})
+        finally:
+            for future in waiting:
+                if not future.cancel() and not future.cancelled():
+                    future.exception()  # seen, or asyncio would complain that nobody looked
+
+    def _submit(self, job: Job) -> list[_Part]:
+        """Send each query's distinct documents, as many to a request as may be."""
+        endpoint = self._endpoint
+        if endpoint is None:
+            raise ClosedError("this reranker is closed. Make a new one.")
+        size = self._settings["max_documents_per_request"]
+        deadline = float("inf") if job.deadline is None else job.deadline
+        parts = []
+        for i, (query, instruction) in enumerate(zip(job.queries, job.instructions, strict=True)):
+            distinct = list(dict.fromkeys(job.documents[i]))
+            for start in range(0, len(distinct), size):
+                documents = distinct[start : start + size]
+                future = endpoint.connection.submit(
+                    endpoint.score, instruction, query, documents, deadline
+                )
+                parts.append(_Part(i, documents, future))
+        return parts
+
+    def _in_given_order(
+        self, job: Job, top_n: int | None, error: Qwen3RerankerError
+    ) -> list[list[RankedDocument]]:
+        """Return the documents as they came, or raise the error again."""
+        if self._settings["on_error"] == "raise" or isinstance(error, (InputError, ClosedError)):
+            raise error
+        if not self._has_warned:
+            self._has_warned = True
+            logger.warning("Documents are not reranked: %s", error)
+        nan = float("nan")
+        return [
+            [
+                RankedDocument(i, document, nan, nan, False, reranked=False)
+                for i, document in enumerate(row)
+            ][:top_n]
+            for row in job.documents
+        ]
+
+
+def _join(job: Job, parts: Sequence[_Part], done: set[Future[list[RemoteScore]]]) -> Scored:
+    """Align what came back with the job; the first failure is the call's, nothing is left out."""
+    for part in parts:
+        if part.future in done and part.future.exception() is not None:
+            part.future.result()
+    if len(done) < len(parts):
+        raise TimedOutError(
+            f"the server did not score {job.num_documents} documents within timeout_s "
+            f"({len(done)} of {len(parts)} requests were answered). Allow more time, or send fewer."
+        )
+    known: list[dict[str, RemoteScore]] = [{} for _ in job.queries]
+    for part in parts:
+        known[part.query].update(zip(part.documents, part.future.result(), strict=True))
+    rows = [[known[i][text] for text in documents] for i, documents in enumerate(job.documents)]
+    return Scored(
+        [[score.log_odds for score in row] for row in rows],
+        [[score.truncated for score in row] for row in rows],
+        [[None] * len(row) for row in rows],
+    )
+
+
+def _rebuild(kind: type[RemoteReranker], url: str, settings: dict[str, Any]) -> RemoteReranker:
+    return kind(url, **settings)
+
+
+def _checked_url(url: Any) -> str:
+    """Return an address that can be shown in logs.
+
+    Raises:
+        InputError: If it is no http address, or holds a password.
+    """
+    text = inputs.path("url", url)
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise InputError(
+            "url must be an http or https address with a host. Pass one such as "
+            "'http://127.0.0.1:8012'."
+        )
+    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
+        raise InputError(
+            "url must have no user, password, query or fragment: it stands in logs. Pass the key "
+            "as api_key."
+        )
+    return text

@@ -1,0 +1,338 @@
+"""A rerank server on one model: `qwen3-reranker serve`.
+
+Decides the routes, and what becomes of a request whose client goes away. Shapes are `protocol`'s,
+admission is `guard`'s, and scoring is the reranker's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import ipaddress
+import logging
+import os
+from collections.abc import Coroutine
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+from . import __version__, inputs
+from .errors import InputError, Qwen3RerankerError
+from .guard import OPEN_PATH, RETRY_AFTER_S, Guard
+from .metrics import Metrics
+from .protocol import (
+    ErrorAnswer,
+    RerankAnswer,
+    RerankRequest,
+    ScoreAnswer,
+    ScoreRequest,
+    ServerLimits,
+    TeiResult,
+    describe_faults,
+    error_answer,
+    jina_answer,
+    score_answer,
+    status_of,
+    tei_answer,
+)
+from .reranker import Reranker
+from .results import RankedDocument
+
+logger = logging.getLogger(__name__)
+
+_CLIENT_GONE = 499  # nginx's; nobody is there to read it
+_SHUTDOWN_S = 30
+_RERANK_PATHS = ("/rerank", "/v1/rerank", "/v2/rerank")
+_PATHS = (*_RERANK_PATHS, "/score", "/v1/models", OPEN_PATH, "/ready", "/metrics", "/openapi.json")
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorAnswer} for status in (400, 401, 413, 422, 429, 500, 503)
+}
+_Result = TypeVar("_Result")
+
+
+class ClientGoneError(Exception):
+    """The client closed its connection before its answer was there."""
+
+
+class Service:
+    """What the routes do, on one reranker.
+
+    Attributes:
+        name: The model's name, as clients see it: no path of this machine.
+        is_ready: True once the weights are loaded.
+        metrics: Figures of the forwards.
+    """
+
+    def __init__(self, reranker: Reranker, name: str, limits: ServerLimits) -> None:
+        self._reranker = reranker
+        self._limits = limits
+        self.name = Path(name).name if Path(name).exists() else name
+        self.is_ready = False
+        self.metrics = Metrics()
+
+    def load(self) -> None:
+        """Load the weights.
+
+        Raises:
+            ModelLoadError: If they cannot be loaded.
+        """
+        self._reranker.observe(self.metrics.record_forward)
+        self.is_ready = True
+
+    async def rerank(self, body: RerankRequest) -> RerankAnswer | list[TeiResult]:
+        """Rank documents and answer in the dialect they came in."""
+        documents = body.documents if body.texts is None else body.texts
+        if documents is None:
+            raise InputError("documents are missing. Send a list of texts as 'documents'.")
+        self._check_count(len(documents))
+        twin = copy.copy(self._reranker)  # the same weights, a usage of its own
+        ranking = await self._rank(twin, body, documents)
+        if body.texts is not None:
+            return tei_answer(body, documents, ranking)
+        return jina_answer(
+            body, documents, ranking, model=self.name, prompt_tokens=twin.usage.prompt_tokens
+        )
+
+    async def score(self, body: ScoreRequest) -> ScoreAnswer:
+        """Score one query with each document, or pairs."""
+        queries = [body.text_1] if isinstance(body.text_1, str) else body.text_1
+        documents = [body.text_2] if isinstance(body.text_2, str) else body.text_2
+        self._check_count(max(len(queries), len(documents)))
+        twin = copy.copy(self._reranker)
+        if len(queries) == 1:
+            scores = await twin.ascore(queries[0], documents, instruction=body.instruction)
+        elif len(queries) == len(documents):
+            rows = await asyncio.gather(
+                *(
+                    twin.ascore(query, [document], instruction=body.instruction)
+                    for query, document in zip(queries, documents, strict=True)
+                )
+            )
+            scores = [score for row in rows for score in row]
+        else:
+            raise InputError(
+                f"text_1 and text_2 must be aligned, got {len(queries)} and {len(documents)}. "
+                "Send one text_1 for all, or one for each text_2."
+            )
+        return score_answer(scores, model=self.name, prompt_tokens=twin.usage.prompt_tokens)
+
+    async def _rank(
+        self, reranker: Reranker, body: RerankRequest, documents: list[str]
+    ) -> list[RankedDocument]:
+        if body.max_tokens_per_doc is None or not documents:
+            return await reranker.arank(
+                body.query, documents, instruction=body.instruction, top_n=body.top_n
+            )
+        texts = await asyncio.to_thread(self._cut, documents, body.max_tokens_per_doc)
+        ranking = await reranker.arank(
+            body.query, texts, instruction=body.instruction, top_n=body.top_n
+        )
+        return [
+            replace(
+                result,
+                truncated=result.truncated or len(result.document) < len(documents[result.index]),
+            )
+            for result in ranking
+        ]
+
+    def _cut(self, documents: list[str], max_tokens: int) -> list[str]:
+        tokenizer = self._reranker.loaded.tokenizer
+        spans = [tokenizer.token_spans(document) for document in documents]
+        return [
+            document if len(span) <= max_tokens else document[: span[max_tokens - 1][1]]
+            for document, span in zip(documents, spans, strict=True)
+        ]
+
+    def _check_count(self, count: int) -> None:
+        if count > self._limits.documents:
+            raise HTTPException(
+                413,
+                f"a request may have {self._limits.documents} documents, got {count}. Send them "
+                "in several requests.",
+            )
+
+
+def create_app(service: Service, *, api_key: str | None, limits: ServerLimits) -> FastAPI:
+    """Return the application; the caller loads the service's weights."""
+    app = FastAPI(title="qwen3-reranker", version=__version__, docs_url=None, redoc_url=None)
+    app.add_middleware(
+        Guard, api_key=api_key, limits=limits, known_paths=_PATHS, metrics=service.metrics
+    )
+    app.add_exception_handler(StarletteHTTPException, _on_http_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid_body)
+
+    async def rerank(request: Request, body: RerankRequest) -> Any:
+        return await _answer(request, service.rerank(body), is_tei=body.texts is not None)
+
+    for path in _RERANK_PATHS:
+        app.post(
+            path,
+            response_model=RerankAnswer | list[TeiResult],
+            response_model_exclude_none=True,
+            responses=_ERRORS,
+            operation_id=path.strip("/").replace("/", "_"),
+        )(rerank)
+
+    @app.post("/score", response_model=ScoreAnswer, responses=_ERRORS)
+    async def score(request: Request, body: ScoreRequest) -> Any:
+        return await _answer(request, service.score(body))
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        model = {"id": service.name, "object": "model", "owned_by": "qwen3-reranker"}
+        return {"object": "list", "data": [model]}
+
+    @app.get(OPEN_PATH)
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/ready", responses={503: {"model": ErrorAnswer}})
+    async def ready() -> dict[str, str]:
+        if not service.is_ready:
+            raise HTTPException(503, "the weights are being loaded. Try again later.")
+        return {"status": "ready"}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+    return app
+
+
+async def _answer(
+    request: Request, work: Coroutine[Any, Any, _Result], *, is_tei: bool = False
+) -> _Result | Response:
+    """Return what the work returns, or its error in the client's words."""
+    try:
+        return await _while_connected(request, work)
+    except ClientGoneError:
+        return Response(status_code=_CLIENT_GONE)
+    except HTTPException as error:
+        return _error(error.status_code, error.detail, is_tei=is_tei)
+    except Qwen3RerankerError as error:
+        return _error(status_of(error), str(error), is_tei=is_tei)
+    except Exception as error:
+        # Its name alone: the message of an error that is not ours may hold a text.
+        logger.error("A request failed with %s.", type(error).__name__)
+        message = f"the server failed with {type(error).__name__}. Its operator can report this."
+        return _error(500, message, is_tei=is_tei)
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, _Result]) -> _Result:
+    """Await the work, and drop it when the client goes away."""
+    working = asyncio.ensure_future(work)
+    # The body has been read, so the next message is the end of the connection.
+    leaving = asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGoneError
+        return working.result()
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+def _error(status: int, message: str, *, is_tei: bool = False) -> JSONResponse:
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else None
+    return JSONResponse(error_answer(status, message, is_tei=is_tei), status, headers)
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, StarletteHTTPException)  # noqa: S101
+    messages = {
+        404: f"there is no such path. Reranking is at {_RERANK_PATHS[1]}.",
+        405: "the path does not take this method. Reranking takes POST.",
+        400: "the body cannot be read. Send JSON in UTF-8.",
+    }
+    return _error(error.status_code, messages.get(error.status_code, str(error.detail)))
+
+
+async def _on_invalid_body(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)  # noqa: S101
+    return _error(422, describe_faults(error.errors()))
+
+
+def serve(reranker: Reranker, name: str, *, host: str, port: int, api_key_file: str | None) -> None:
+    """Serve until a signal comes; requests begun are finished.
+
+    Args:
+        reranker: Loaded while the server starts; closed at its end.
+        name: The model's name.
+        host: Address to listen at; a key is needed for any but loopback.
+        port: Port to listen at; 0 takes a free one, which the log names.
+        api_key_file: File with the key; None takes the environment's, if there is one.
+
+    Raises:
+        InputError: If other machines could reach a server without a key.
+        ModelLoadError: If the weights cannot be loaded.
+    """
+    api_key = read_api_key(api_key_file)
+    if api_key is None and not _is_loopback(host):
+        raise InputError(
+            f"host {host} can be reached by other machines, and there is no API key. Set "
+            f"{inputs.API_KEY_VARIABLE}, pass --api-key-file, or use --host 127.0.0.1."
+        )
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    for each in ("qwen3_reranker", "uvicorn"):
+        logging.getLogger(each).setLevel(logging.INFO)
+    limits = ServerLimits()
+    service = Service(reranker, name, limits)
+    config = uvicorn.Config(
+        create_app(service, api_key=api_key, limits=limits),
+        host=host,
+        port=port,
+        log_config=None,
+        access_log=False,  # it would write down any path, and so any text in one
+        server_header=False,
+        timeout_graceful_shutdown=_SHUTDOWN_S,
+    )
+    with reranker:
+        asyncio.run(_run(uvicorn.Server(config), service))
+
+
+async def _run(server: uvicorn.Server, service: Service) -> None:
+    """Load while the server already answers `/health`; end it if that fails."""
+    serving = asyncio.create_task(server.serve())
+    try:
+        await asyncio.to_thread(service.load)
+    except BaseException:
+        server.should_exit = True
+        await serving
+        raise
+    logger.info("The weights of %s are loaded.", service.name)
+    await serving
+
+
+def read_api_key(file: str | None) -> str | None:
+    """Return the key of a file, or of the environment, or None.
+
+    Raises:
+        InputError: If the file cannot be read, or what it holds cannot be a key.
+    """
+    if file is None:
+        variable = inputs.API_KEY_VARIABLE
+        return inputs.api_key(variable, os.environ.get(variable))
+    try:
+        key = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"the file of --api-key-file cannot be read ({type(error).__name__}). Pass a text file "
+            "with the key."
+        ) from error
+    return inputs.api_key("the key in the file of --api-key-file", key)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

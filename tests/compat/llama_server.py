@@ -1,0 +1,35 @@
+"""A real llama.cpp server on a GGUF file, until standard input ends; prints its address.
+
+    python llama_server.py FILE [KEY]
+
+Runs in an environment with xllamacpp, which is llama-server in a Python process.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import xllamacpp
+
+
+def main(file: str, api_key: str | None) -> None:
+    """Serve until standard input ends."""
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = file
+    parameters.embedding = True
+    parameters.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_RANK
+    parameters.n_ctx, parameters.n_batch, parameters.n_ubatch = 4096, 2048, 2048
+    parameters.n_parallel = 1
+    parameters.warmup = False
+    parameters.hostnames = ["127.0.0.1"]
+    parameters.port = 0
+    if api_key is not None:
+        parameters.api_keys = [api_key]
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
+    server = xllamacpp.Server(parameters)
+    print(server.listening_address, flush=True)
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None)

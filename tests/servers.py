@@ -1,0 +1,120 @@
+"""Servers as their users start them, each a process of its own on a free loopback port."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+ROOT = Path(__file__).parents[1]
+COMPAT_PYTHON = Path(os.environ.get("COMPAT_PYTHON", ROOT / ".venv/compat/bin/python"))
+"""Interpreter of the environment with other people's clients and servers; `make compat`."""
+
+_START_S = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server that runs.
+
+    Attributes:
+        url: Its address.
+        process: Its process.
+        log_file: What it has written.
+    """
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log_file: Path
+
+    def log(self) -> str:
+        """Return what it has written so far."""
+        return self.log_file.read_text()
+
+
+@contextmanager
+def serving(
+    model: str | Path, *options: str, command: Sequence[str] = (), api_key: str | None = None
+) -> Iterator[Server]:
+    """Run `qwen3-reranker serve` until the block ends; it is ready to score then.
+
+    Args:
+        model: Folder of a checkpoint.
+        options: Further options.
+        command: What stands before "serve"; this interpreter's module if empty.
+        api_key: Key of its clients, in the environment.
+    """
+    command = command or (sys.executable, "-m", "qwen3_reranker")
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment.pop("QWEN3_RERANKER_API_KEY", None)
+    if api_key is not None:
+        environment["QWEN3_RERANKER_API_KEY"] = api_key
+    with tempfile.TemporaryDirectory() as folder:
+        log_file = Path(folder) / "log"
+        with log_file.open("wb") as log:
+            process = subprocess.Popen(
+                [*command, "serve", str(model), "--port", "0", *options],
+                stdout=log, stderr=subprocess.STDOUT, env=environment,
+            )  # fmt: skip
+        try:
+            url = _url(process, log_file)
+            headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+            _wait(lambda: httpx.get(f"{url}/ready", headers=headers).status_code == 200, process)
+            yield Server(url, process, log_file)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+@contextmanager
+def llama_cpp(file: Path, api_key: str | None = None) -> Iterator[str]:
+    """Run llama.cpp's server on a GGUF file until the block ends; yield its address."""
+    script = str(ROOT / "tests/compat/llama_server.py")
+    process = subprocess.Popen(
+        [str(COMPAT_PYTHON), script, str(file), *([api_key] if api_key else [])],
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        lines = iter(process.stdout.readline, "")
+        yield next(line.strip() for line in lines if line.startswith("http"))
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def _url(process: subprocess.Popen[bytes], log_file: Path) -> str:
+    found: list[str] = []
+
+    def is_listening() -> bool:
+        found[:] = re.findall(r"running on (http://\S+)", log_file.read_text())
+        return bool(found)
+
+    try:
+        _wait(is_listening, process)
+    except RuntimeError as error:
+        raise RuntimeError(log_file.read_text()) from error
+    return found[0]
+
+
+def _wait(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    end = time.monotonic() + _START_S
+    while not condition():
+        if process.poll() is not None or time.monotonic() > end:
+            raise RuntimeError("the server did not start")
+        time.sleep(0.02)
