@@ -13,33 +13,34 @@ import weakref
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
-from time import monotonic
-from types import TracebackType
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, TypeAlias
 from urllib.parse import urlsplit
 
 from . import inputs
 from .dialects import Endpoint, PromptMode, RemoteScore
 from .errors import ClosedError, InputError, Qwen3RerankerError, TimedOutError
-from .jobs import Job, Scored, rank_all
+from .jobs import Job, Scored
 from .results import RankedDocument
 from .transport import Connection
+from .verbs import BaseReranker
 
 logger = logging.getLogger(__name__)
 
 OnError = Literal["raise", "keep_order"]
+_Prompt: TypeAlias = tuple[str | None, str]
+"""Instruction and query."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A request of a call: some distinct documents of one query."""
+    """A request of a call: some distinct documents of one prompt."""
 
-    query: int
+    prompt: _Prompt
     documents: list[str]
     future: Future[list[RemoteScore]]
 
 
-class RemoteReranker:
+class RemoteReranker(BaseReranker):
     """Scores documents on a server, with the verbs and results of `Reranker`.
 
     The first call asks the server which shape it speaks, whether it applies the prompt template
@@ -90,14 +91,15 @@ class RemoteReranker:
         max_in_flight: int = 8,
         on_error: OnError = "raise",
     ) -> None:
+        super().__init__(instruction=instruction, timeout_s=timeout_s)
         self._url = _checked_url(url)
         self._api_key = api_key
         self._settings: dict[str, Any] = {
             "model": inputs.name_or_none("model", model),
-            "instruction": inputs.instruction(instruction),
+            "instruction": self._instruction,
             "prompt_mode": inputs.choice("prompt_mode", prompt_mode, ("server", "client")),
             "max_tokens_per_doc": max_tokens_per_doc,
-            "timeout_s": inputs.timeout(timeout_s),
+            "timeout_s": self._timeout_s,
             "max_documents_per_request": inputs.positive_int(
                 "max_documents_per_request", max_documents_per_request
             ),
@@ -109,165 +111,12 @@ class RemoteReranker:
         self._endpoint: Endpoint | None = self._share()
         self._has_warned = False
 
-    def rank(
-        self,
-        query: str,
-        documents: Sequence[str],
-        *,
-        instruction: str | None = None,
-        top_n: int | None = None,
-        score_threshold: float | None = None,
-        timeout_s: float | None = None,
-    ) -> list[RankedDocument]:
-        """Return the documents, most relevant first; equal scores keep the caller's order.
-
-        Takes what `Reranker.rank` takes.
-
-        Raises:
-            InputError: If an argument cannot be used, or the server does not read instructions.
-            OverloadedError: If the server has too much to do.
-            TimedOutError: If the call takes longer than its time.
-            RemoteError: If the server cannot be reached, or refuses.
-            RemoteProtocolError: If a reply is no ranking, or the server applies no template.
-            ClosedError: If the reranker is closed.
-        """
-        (ranked,) = self.rank_many(
-            [query],
-            [documents],
-            instruction=inputs.instruction(instruction),
-            top_n=top_n,
-            score_threshold=score_threshold,
-            timeout_s=timeout_s,
-        )
-        return ranked
-
-    async def arank(
-        self,
-        query: str,
-        documents: Sequence[str],
-        *,
-        instruction: str | None = None,
-        top_n: int | None = None,
-        score_threshold: float | None = None,
-        timeout_s: float | None = None,
-    ) -> list[RankedDocument]:
-        """Return what `rank` returns without blocking the event loop.
-
-        Raises:
-            Qwen3RerankerError: As `rank`.
-        """
-        job = self._job([query], [documents], inputs.instruction(instruction), timeout_s)
-        inputs.cut(top_n, score_threshold)
-        try:
-            scored = await self._ascore(job)
-        except Qwen3RerankerError as error:
-            (ranked,) = self._in_given_order(job, top_n, error)
-        else:
-            (ranked,) = rank_all(job, scored, top_n, score_threshold)
-        return ranked
-
-    def rank_many(
-        self,
-        queries: Sequence[str],
-        documents: Sequence[Sequence[str]],
-        *,
-        instruction: str | Sequence[str | None] | None = None,
-        top_n: int | None = None,
-        score_threshold: float | None = None,
-        timeout_s: float | None = None,
-    ) -> list[list[RankedDocument]]:
-        """Rank one list of documents per query, in the order of the queries.
-
-        Raises:
-            Qwen3RerankerError: As `rank`.
-        """
-        job = self._job(queries, documents, instruction, timeout_s)
-        inputs.cut(top_n, score_threshold)
-        try:
-            scored = self._score(job)
-        except Qwen3RerankerError as error:
-            return self._in_given_order(job, top_n, error)
-        return rank_all(job, scored, top_n, score_threshold)
-
-    def score(
-        self,
-        query: str,
-        documents: Sequence[str],
-        *,
-        instruction: str | None = None,
-        timeout_s: float | None = None,
-    ) -> list[float]:
-        """Return P("yes") of each document, aligned with the input; fails where it cannot.
-
-        Raises:
-            Qwen3RerankerError: As `rank`.
-        """
-        job = self._job([query], [documents], inputs.instruction(instruction), timeout_s)
-        return self._score(job).probabilities
-
-    async def ascore(
-        self,
-        query: str,
-        documents: Sequence[str],
-        *,
-        instruction: str | None = None,
-        timeout_s: float | None = None,
-    ) -> list[float]:
-        """Return what `score` returns without blocking the event loop.
-
-        Raises:
-            Qwen3RerankerError: As `rank`.
-        """
-        job = self._job([query], [documents], inputs.instruction(instruction), timeout_s)
-        return (await self._ascore(job)).probabilities
-
-    def score_pairs(
-        self,
-        pairs: Sequence[tuple[str, str]],
-        *,
-        instruction: str | None = None,
-        timeout_s: float | None = None,
-    ) -> list[float]:
-        """Return P("yes") of each (query, document), aligned.
-
-        Raises:
-            Qwen3RerankerError: As `rank`.
-        """
-        checked = inputs.pairs(pairs)
-        by_query: dict[str, list[int]] = {}
-        for i, (query, _) in enumerate(checked):
-            by_query.setdefault(query, []).append(i)
-        rows = [[checked[i][1] for i in places] for places in by_query.values()]
-        job = self._job(list(by_query), rows, inputs.instruction(instruction), timeout_s)
-        order = [i for places in by_query.values() for i in places]
-        scores = dict(zip(order, self._score(job).probabilities, strict=True))
-        return [scores[i] for i in range(len(checked))]
-
     def close(self) -> None:
         """Give up the connections unless others share them."""
         self._endpoint = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._url!r})"
-
-    def __copy__(self) -> Self:
-        twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__)
-        return twin
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self.__copy__()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the settings without the key; a copy takes the environment's."""
@@ -289,20 +138,13 @@ class RemoteReranker:
                 self._endpoints[key] = endpoint
             return endpoint
 
-    def _job(self, queries: Any, documents: Any, instruction: Any, timeout_s: Any) -> Job:
+    def _refuse_if_closed(self) -> None:
+        self._open_endpoint()
+
+    def _open_endpoint(self) -> Endpoint:
         if self._endpoint is None:
             raise ClosedError("this reranker is closed. Make a new one.")
-        seconds = inputs.timeout(timeout_s)
-        if seconds is None:
-            seconds = self._settings["timeout_s"]
-        queries, documents = inputs.lists(queries, documents)
-        default = self._settings["instruction"]
-        instructions = [
-            default if given is None else given
-            for given in inputs.instructions(instruction, len(queries))
-        ]
-        deadline = None if seconds is None else monotonic() + seconds
-        return Job(queries, documents, instructions, deadline)
+        return self._endpoint
 
     def _score(self, job: Job) -> Scored:
         parts = self._submit(job)
@@ -329,29 +171,26 @@ class RemoteReranker:
                     future.exception()  # seen, or asyncio would complain that nobody looked
 
     def _submit(self, job: Job) -> list[_Part]:
-        """Send each query's distinct documents, as many to a request as may be."""
-        endpoint = self._endpoint
-        if endpoint is None:
-            raise ClosedError("this reranker is closed. Make a new one.")
+        """Send each prompt's distinct documents, as many to a request as may be."""
+        endpoint = self._open_endpoint()
         size = self._settings["max_documents_per_request"]
         deadline = float("inf") if job.deadline is None else job.deadline
+        wanted: dict[_Prompt, dict[str, None]] = {}
+        for prompt, documents in zip(_prompts(job), job.documents, strict=True):
+            wanted.setdefault(prompt, {}).update(dict.fromkeys(documents))
         parts = []
-        for i, (query, instruction) in enumerate(zip(job.queries, job.instructions, strict=True)):
-            distinct = list(dict.fromkeys(job.documents[i]))
-            for start in range(0, len(distinct), size):
-                documents = distinct[start : start + size]
-                future = endpoint.connection.submit(
-                    endpoint.score, instruction, query, documents, deadline
-                )
-                parts.append(_Part(i, documents, future))
+        for prompt, distinct in wanted.items():
+            documents = list(distinct)
+            for start in range(0, len(documents), size):
+                chunk = documents[start : start + size]
+                future = endpoint.connection.submit(endpoint.score, *prompt, chunk, deadline)
+                parts.append(_Part(prompt, chunk, future))
         return parts
 
-    def _in_given_order(
-        self, job: Job, top_n: int | None, error: Qwen3RerankerError
-    ) -> list[list[RankedDocument]]:
-        """Return the documents as they came, or raise the error again."""
+    def _unranked(self, job: Job, error: Qwen3RerankerError) -> list[list[RankedDocument]] | None:
+        """Return the documents as they came, if that is wanted and nobody's mistake."""
         if self._settings["on_error"] == "raise" or isinstance(error, (InputError, ClosedError)):
-            raise error
+            return None
         if not self._has_warned:
             self._has_warned = True
             logger.warning("Documents are not reranked: %s", error)
@@ -360,9 +199,13 @@ class RemoteReranker:
             [
                 RankedDocument(i, document, nan, nan, False, reranked=False)
                 for i, document in enumerate(row)
-            ][:top_n]
+            ]
             for row in job.documents
         ]
+
+
+def _prompts(job: Job) -> list[_Prompt]:
+    return list(zip(job.instructions, job.queries, strict=True))
 
 
 def _join(job: Job, parts: Sequence[_Part], done: set[Future[list[RemoteScore]]]) -> Scored:
@@ -375,10 +218,14 @@ def _join(job: Job, parts: Sequence[_Part], done: set[Future[list[RemoteScore]]]
             f"the server did not score {job.num_documents} documents within timeout_s "
             f"({len(done)} of {len(parts)} requests were answered). Allow more time, or send fewer."
         )
-    known: list[dict[str, RemoteScore]] = [{} for _ in job.queries]
+    known: dict[tuple[_Prompt, str], RemoteScore] = {}
     for part in parts:
-        known[part.query].update(zip(part.documents, part.future.result(), strict=True))
-    rows = [[known[i][text] for text in documents] for i, documents in enumerate(job.documents)]
+        for document, score in zip(part.documents, part.future.result(), strict=True):
+            known[part.prompt, document] = score
+    rows = [
+        [known[prompt, document] for document in documents]
+        for prompt, documents in zip(_prompts(job), job.documents, strict=True)
+    ]
     return Scored(
         [[score.log_odds for score in row] for row in rows],
         [[score.truncated for score in row] for row in rows],

@@ -1,29 +1,28 @@
-"""The facade: check everything, encode, score, sort.
+"""The reranker of this process: encode, score, align.
 
-Decides what a call accepts and what it returns. Knows nothing of tensors; torch is imported only
-when a model is first needed.
+Decides which settings make a model, who shares it, and what is counted. Knows nothing of tensors;
+torch is imported only when a model is first needed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
-from time import monotonic
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from . import inputs
 from .embedded import EMBEDDED
 from .engine import Engine, PackRecord
 from .errors import ClosedError, InputError
-from .jobs import EncodedJob, Job, Limits, Scored, align, encode_job, rank_all
+from .jobs import EncodedJob, Job, Limits, Scored, align, encode_job
 from .prompt import PromptTemplate
 from .request import Scores
-from .results import RankedDocument, Usage
+from .results import Usage
 from .runtime import Runtime
+from .verbs import BaseReranker
 from .waiting import await_scores, wait
 from .windows import WindowScore
 
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 DEFAULT_MAX_LENGTH = 8192
 
 
-class Reranker:
+class Reranker(BaseReranker):
     """Scores documents against a query with a Qwen3-Reranker checkpoint.
 
     The model is loaded by the first call that needs it and owned by one thread; any number of
@@ -66,6 +65,10 @@ class Reranker:
         exact: Score every document alone, so that its score is the same to the last bit whatever
             else is scored; otherwise it is so to rounding. Costs most for short documents.
 
+    Calls raise, beside what each of them names, a `ModelLoadError` if the model cannot be loaded, a
+    `NonFiniteScoreError` if it returns NaN or infinity, and a `DocumentTooLargeError` if a document
+    does not fit into memory even alone.
+
     Raises:
         InputError: If an argument has the wrong type or value.
 
@@ -94,7 +97,7 @@ class Reranker:
         exact: bool = False,
     ) -> None:
         self._model = inputs.path("model", model)
-        self._instruction = inputs.instruction(instruction)
+        super().__init__(instruction=instruction, timeout_s=None)
         self._limits = Limits(
             inputs.positive_int("max_length", max_length),
             inputs.window_score(window_score),
@@ -163,143 +166,6 @@ class Reranker:
         """
         return cls(EMBEDDED, dtype=dtype, device=device)
 
-    def rank(
-        self,
-        query: str,
-        documents: Sequence[str],
-        *,
-        instruction: str | None = None,
-        top_n: int | None = None,
-        score_threshold: float | None = None,
-        timeout_s: float | None = None,
-    ) -> list[RankedDocument]:
-        """Return the documents, most relevant first; equal scores keep the caller's order.
-
-        Args:
-            query: What is looked for.
-            documents: Texts to order; none gives an empty list without loading the model.
-            instruction: Task sentence of this call.
-            top_n: Keep this many; None keeps all.
-            score_threshold: Keep only documents with at least this P("yes").
-            timeout_s: Seconds after which the call gives up; work not yet begun is dropped.
-
-        Raises:
-            InputError: If an argument cannot be used; nothing has been scored then.
-            ModelLoadError: If the model cannot be loaded.
-            NonFiniteScoreError: If the model returned NaN or infinity.
-            DocumentTooLargeError: If a document does not fit into memory even alone.
-            OverloadedError: If too many calls wait already.
-            TimedOutError: If the call takes longer than `timeout_s`.
-            ClosedError: If the reranker is closed before the call is scored.
-        """
-        job = self._job([query], [documents], inputs.instruction(instruction), timeout_s)
-        inputs.cut(top_n, score_threshold)
-        (ranked,) = rank_all(job, self._score(job), top_n, score_threshold)
-        return ranked
-
-    async def arank(
-        self,
-        query: str,
-        documents: Sequence[str],
-        *,
-        instruction: str | None = None,
-        top_n: int | None = None,
-        score_threshold: float | None = None,
-        timeout_s: float | None = None,
-    ) -> list[RankedDocument]:
-        """Return what `rank` returns without blocking the event loop.
-
-        Raises:
-            Qwen3RerankerError: As `rank`.
-        """
-        job = self._job([query], [documents], inputs.instruction(instruction), timeout_s)
-        inputs.cut(top_n, score_threshold)
-        (ranked,) = rank_all(job, await self._ascore(job), top_n, score_threshold)
-        return ranked
-
-    def rank_many(
-        self,
-        queries: Sequence[str],
-        documents: Sequence[Sequence[str]],
-        *,
-        instruction: str | Sequence[str | None] | None = None,
-        top_n: int | None = None,
-        score_threshold: float | None = None,
-        timeout_s: float | None = None,
-    ) -> list[list[RankedDocument]]:
-        """Rank one list of documents per query, several queries to a forward.
-
-        Args:
-            queries: The queries.
-            documents: For each query its documents.
-            instruction: One task sentence for all, or one per query.
-            top_n: As in `rank`, for each query.
-            score_threshold: As in `rank`.
-            timeout_s: As in `rank`, for the whole call.
-
-        Returns:
-            One ranked list per query, in the order of the queries.
-
-        Raises:
-            Qwen3RerankerError: As `rank`.
-        """
-        job = self._job(queries, documents, instruction, timeout_s)
-        inputs.cut(top_n, score_threshold)
-        return rank_all(job, self._score(job), top_n, score_threshold)
-
-    def score(
-        self,
-        query: str,
-        documents: Sequence[str],
-        *,
-        instruction: str | None = None,
-        timeout_s: float | None = None,
-    ) -> list[float]:
-        """Return P("yes") of each document, aligned with the input.
-
-        Raises:
-            Qwen3RerankerError: As `rank`.
-        """
-        job = self._job([query], [documents], inputs.instruction(instruction), timeout_s)
-        return self._score(job).probabilities
-
-    async def ascore(
-        self,
-        query: str,
-        documents: Sequence[str],
-        *,
-        instruction: str | None = None,
-        timeout_s: float | None = None,
-    ) -> list[float]:
-        """Return what `score` returns without blocking the event loop.
-
-        Raises:
-            Qwen3RerankerError: As `rank`.
-        """
-        job = self._job([query], [documents], inputs.instruction(instruction), timeout_s)
-        return (await self._ascore(job)).probabilities
-
-    def score_pairs(
-        self,
-        pairs: Sequence[tuple[str, str]],
-        *,
-        instruction: str | None = None,
-        timeout_s: float | None = None,
-    ) -> list[float]:
-        """Return P("yes") of each (query, document), aligned; equal queries share their head.
-
-        Raises:
-            Qwen3RerankerError: As `rank`.
-        """
-        checked = inputs.pairs(pairs)
-        job = self._job(
-            [query for query, _ in checked],
-            [[document] for _, document in checked],
-            inputs.instruction(instruction),
-            timeout_s,
-        )
-        return self._score(job).probabilities
-
     @property
     def usage(self) -> Usage:
         """What this object has scored so far."""
@@ -327,28 +193,14 @@ class Reranker:
         """Free the model unless others share it; calls still waiting then get a `ClosedError`."""
         self._runtime = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._model!r})"
 
     def __copy__(self) -> Self:
-        """Return another reranker of the same weights."""
-        twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__, _usage=Usage(), _usage_lock=threading.Lock())
+        """Return another reranker of the same weights, with a usage of its own."""
+        twin = super().__copy__()
+        twin._usage, twin._usage_lock = Usage(), threading.Lock()
         return twin
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self.__copy__()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the settings, never the weights: those are loaded again, or shared."""
@@ -366,18 +218,8 @@ class Reranker:
             raise ClosedError("this reranker is closed. Make a new one.")
         return self._runtime
 
-    def _job(self, queries: Any, documents: Any, instruction: Any, timeout_s: Any) -> Job:
-        """Check everything a caller gave, before any work."""
+    def _refuse_if_closed(self) -> None:
         self._open_runtime()
-        seconds = inputs.timeout(timeout_s)
-        deadline = None if seconds is None else monotonic() + seconds
-        queries, documents = inputs.lists(queries, documents)
-        default = self._instruction
-        instructions = [
-            default if given is None else given
-            for given in inputs.instructions(instruction, len(queries))
-        ]
-        return Job(queries, documents, instructions, deadline)
 
     def _score(self, job: Job) -> Scored:
         if not job.num_documents:
