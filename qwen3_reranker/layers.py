@@ -97,7 +97,8 @@ def _normalise(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
     """Divide by the root mean square, found in float32, and scale; in new memory."""
     length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=torch.float32)
     factor = length.square_().div_(hidden.shape[-1]).add_(norm.variance_epsilon).rsqrt_()
-    return (hidden * factor).to(hidden.dtype).mul_(norm.weight)
+    scaled: torch.Tensor = (hidden * factor).to(hidden.dtype).mul_(norm.weight)
+    return scaled
 
 
 def _rotate(heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
