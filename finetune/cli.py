@@ -1,4 +1,4 @@
-"""`qwen3-finetune`: check data, train, evaluate.
+"""`qwen3-finetune`: check data, train, evaluate, merge.
 
 Decides how settings are written on a command line or in a YAML file. Torch, transformers and TRL
 are imported by the commands that need them.
@@ -18,6 +18,7 @@ _COMMANDS = """commands:
   validate FILE...          check training rows and report every fault
   train [--config FILE]     fine-tune, measure before and after, write adapter and report
   evaluate --eval_file FILE compare a model with and without its adapter
+  merge --output_dir FOLDER an adapter into its base; or several models or adapters into one
 
 Each command has --help. A first run:
   qwen3-finetune train --model_name_or_path Qwen/Qwen3-Reranker-0.6B \\
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = {"validate": _validate, "train": _train, "evaluate": _evaluate}
+    commands = {"validate": _validate, "train": _train, "evaluate": _evaluate, "merge": _merge}
     parser.add_argument("command", choices=commands, metavar="command")
     command = parser.parse_args(arguments[:1]).command
     try:
@@ -84,6 +85,12 @@ def _evaluate(argv: list[str]) -> int:
     from .evaluate import main as evaluate
 
     return evaluate(argv)
+
+
+def _merge(argv: list[str]) -> int:
+    from .merge import main as merge
+
+    return merge(argv)
 
 
 def training_parser() -> Any:
