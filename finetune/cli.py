@@ -19,6 +19,7 @@ _COMMANDS = """commands:
   train [--config FILE]     fine-tune, measure before and after, write adapter and report
   evaluate --eval_file FILE compare a model with and without its adapter
   merge --output_dir FOLDER an adapter into its base; or several models or adapters into one
+  export --format FORMAT    a model for transformers, vLLM or sentence-transformers
 
 Each command has --help. A first run:
   qwen3-finetune train --model_name_or_path Qwen/Qwen3-Reranker-0.6B \\
@@ -36,7 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = {"validate": _validate, "train": _train, "evaluate": _evaluate, "merge": _merge}
+    commands = {
+        "validate": _validate, "train": _train, "evaluate": _evaluate,
+        "merge": _merge, "export": _export,
+    }  # fmt: skip
     parser.add_argument("command", choices=commands, metavar="command")
     command = parser.parse_args(arguments[:1]).command
     try:
@@ -91,6 +95,12 @@ def _merge(argv: list[str]) -> int:
     from .merge import main as merge
 
     return merge(argv)
+
+
+def _export(argv: list[str]) -> int:
+    from .export import main as export
+
+    return export(argv)
 
 
 def training_parser() -> Any:

@@ -10,7 +10,6 @@ import argparse
 import json
 import math
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,21 +20,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from qwen3_reranker import Reranker, checkpoint
-from qwen3_reranker.adapters import ADAPTER_RECORD, merge_adapter
+from qwen3_reranker import checkpoint
+from qwen3_reranker.adapters import ADAPTER_RECORD
 from qwen3_reranker.errors import InputError, Qwen3RerankerError
 
 from .evaluate import next_step
+from .whole import fill, load_whole, sample_scores
 
 Coefficients: TypeAlias = Callable[[float], Sequence[float]]
 """From the cosine between two tensors (of no meaning for a mean) to the factor of each."""
 
-SAMPLE = [
-    ("how long does dough rest", ["An hour under a cloth, or overnight in the cold.", "Tea."]),
-    ("capital of China", ["The capital of China is Beijing.", "Gravity pulls things down.", ""]),
-    ("哪种茶不含咖啡因", ["洋甘菊茶不含咖啡因。", "def add(a, b):\n    return a + b"]),
-]
-"""Pairs by which a merged model is compared with what it was merged from."""
 _PARITY = 1e-4
 _PARALLEL = 0.9995
 """Cosine from which an arc is a straight line; the angle's sine would lose all digits."""
@@ -68,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         factors = coefficients(arguments.method, arguments.weights, len(models or adapters))
         average = average_models if models else average_adapters
         write = partial(average, models or adapters, factors)
-    _fill(output, write)
+    fill(output, write)
     print(f"Written: {output}")
     print(next_step(str(output), None) if models else next_step(_base_of(output), str(output)))
     return 0
@@ -89,16 +83,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--weights", nargs="+", type=float, help="one for each; default: equal")
     parser.add_argument("--output_dir", required=True, help="a folder that does not exist yet")
     return parser
-
-
-def _fill(output: Path, write: Callable[[Path], None]) -> None:
-    """Have a folder written, and give it its name when that is done."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as name:
-        folder = Path(name) / output.name
-        folder.mkdir()
-        write(folder)
-        folder.rename(output)
 
 
 def coefficients(method: str, weights: Sequence[float] | None, count: int) -> Coefficients:
@@ -143,19 +127,12 @@ def coefficients(method: str, weights: Sequence[float] | None, count: int) -> Co
 
 def merge_into_base(model: str, adapter: str, folder: Path) -> None:
     """Write a model with an adapter added in float32, rounded to its base's own dtype."""
-    base_folder, gguf_file = checkpoint.locate(model, None)
-    config = checkpoint.read_config(base_folder, gguf_file)
-    checkpoint.refuse_unsupported(config, model)
-    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    full = checkpoint.read_weights(base_folder, gguf_file, config, torch.float32)
-    full = merge_adapter(full, checkpoint.locate(adapter, None)[0]).to(dtype)
-    full.save_pretrained(folder)
-    del full
-    tokenizer = checkpoint.read_tokenizer(base_folder, gguf_file)
-    (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
-    name = str(dtype).removeprefix("torch.")
-    before = _sample_scores(model, adapter=adapter, dtype=name)
-    largest = float(np.abs(before - _sample_scores(str(folder), dtype=name)).max())
+    whole = load_whole(model, adapter)
+    whole.full.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(whole.tokenizer_json, encoding="utf-8")
+    name = str(whole.dtype).removeprefix("torch.")
+    before = sample_scores(model, adapter=adapter, dtype=name)
+    largest = float(np.abs(before - sample_scores(str(folder), dtype=name)).max())
     if not largest <= _PARITY:
         raise Qwen3RerankerError(
             f"the merged model scores {largest:.2g} in log-odds away from base and adapter, bound "
@@ -183,7 +160,7 @@ def average_models(models: Sequence[str], factors: Coefficients, folder: Path) -
     for other in folders[0].iterdir():
         if other.is_file() and other.suffix in (".json", ".txt", ".jinja"):
             shutil.copyfile(other, folder / other.name)
-    _sample_scores(str(folder))  # it loads, passes the self-test, and its scores are finite
+    sample_scores(str(folder))  # it loads, passes the self-test, and its scores are finite
 
 
 def _model_folder(model: str) -> Path:
@@ -332,20 +309,6 @@ def _refuse_unequal(first: str, other: str, names: set[str], others: set[str]) -
             f"'{other}' has other tensors than '{first}' ({len(names ^ others)} differ). Merge "
             "checkpoints of one base, trained with the same settings."
         )
-
-
-def _sample_scores(model: str, **settings: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Return the log-odds of the sample."""
-    queries, documents = zip(*SAMPLE, strict=True)
-    with Reranker(model, **settings) as reranker:
-        rankings = reranker.rank_many(queries, documents)
-    return np.array(
-        [
-            result.log_odds
-            for ranking in rankings
-            for result in sorted(ranking, key=lambda result: result.index)
-        ]
-    )
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:

@@ -14,9 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune import merge
+from finetune import whole
 from finetune.cli import main
-from finetune.merge import SAMPLE, coefficients
+from finetune.merge import coefficients
+from finetune.whole import SAMPLE
 from qwen3_reranker import Reranker
 
 SHAPES = [{"tied": True}, {"tied": False}]
@@ -80,14 +81,14 @@ def test_merge_that_scores_otherwise_is_not_kept(
     checkpoint: Callable[..., Path], make_adapter: MakeAdapter, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    real = merge.merge_adapter
+    real = whole.merge_adapter
 
     def forgetful(full: Any, folder: Path) -> Any:
         merged = real(full, folder)
         torch.nn.init.zeros_(merged.model.layers[0].self_attn.q_proj.weight)
         return merged
 
-    monkeypatch.setattr(merge, "merge_adapter", forgetful)
+    monkeypatch.setattr(whole, "merge_adapter", forgetful)
     output = tmp_path / "merged"
     command = f"merge --model {checkpoint()} --adapter {make_adapter('one')} --output_dir {output}"
     assert main(shlex.split(command)) == 2
