@@ -12,6 +12,9 @@ import pytest
 from qwen3_reranker.embedded import EMBEDDED_BASE, embedded_folder
 from tests import real_parts
 
+# A script for the environment of `make compat`, which alone has what it imports.
+collect_ignore = ["tests/compat/llama_server.py"]
+
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
