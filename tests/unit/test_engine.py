@@ -774,7 +774,7 @@ engine = Engine(score, backend="documents", budget=Budget(100))
 ids = np.array([1], np.int32)
 engine.submit([EncodedGroup(ids, [ids], [False], 0)])
 started.wait()
-interrupt = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+interrupt = threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGINT))
 interrupt.daemon = True  # the exit does not wait for it
 interrupt.start()
 print("leaving")
