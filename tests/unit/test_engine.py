@@ -764,6 +764,8 @@ from qwen3_reranker.engine import Engine
 from qwen3_reranker.packing import Budget
 from qwen3_reranker.tokenization import EncodedGroup
 
+# A shell's background job, whose children this may be, ignores interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 started = threading.Event()
 
 def score(pack):
@@ -774,7 +776,7 @@ engine = Engine(score, backend="documents", budget=Budget(100))
 ids = np.array([1], np.int32)
 engine.submit([EncodedGroup(ids, [ids], [False], 0)])
 started.wait()
-interrupt = threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGINT))
+interrupt = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
 interrupt.daemon = True  # the exit does not wait for it
 interrupt.start()
 print("leaving")
