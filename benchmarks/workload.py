@@ -89,9 +89,9 @@ def in_new_process(function: Callable[..., Any], *args: Any) -> Any:
         return pool.submit(function, *args).result()
 
 
-def resident_bytes(field: str) -> int:
-    """Return a size of this process from the kernel: VmRSS, or its peak VmHWM."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+def resident_bytes(field: str, process: int | str = "self") -> int:
+    """Return a size of a process from the kernel: VmRSS, or its peak VmHWM."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
     (kilobytes,) = (line.split()[1] for line in lines if line.startswith(field))
     return 1024 * int(kilobytes)
 

@@ -51,7 +51,7 @@ def save_adapter(
             "fingerprint": trainee.fingerprint,
         },
     }
-    _write(folder / ADAPTER_RECORD, record)
+    write_json(folder / ADAPTER_RECORD, record)
     run = {
         **record,
         "arguments": asdict(arguments),
@@ -69,14 +69,14 @@ def save_adapter(
         "versions": _versions(),
         "history": list(history),
     }
-    _write(folder / "run.json", run)
+    write_json(folder / "run.json", run)
     (folder / "README.md").write_text(_card(folder, base, run), encoding="utf-8")
 
 
 def _name_base(file: Path, name: str) -> None:
     """Put the base's name where peft writes the folder it was read from on this machine."""
     settings = json.loads(file.read_text(encoding="utf-8"))
-    _write(file, {**settings, "base_model_name_or_path": name})
+    write_json(file, {**settings, "base_model_name_or_path": name})
 
 
 def _card(folder: Path, base: Base, run: Mapping[str, Any]) -> str:
@@ -119,5 +119,6 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _write(file: Path, content: Mapping[str, Any]) -> None:
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a file that people read, too."""
     file.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")

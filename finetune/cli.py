@@ -1,4 +1,4 @@
-"""`qwen3-finetune`: check data, train, evaluate, merge.
+"""`qwen3-finetune`: check data, train, evaluate, merge, export.
 
 Decides how settings are written on a command line or in a YAML file. Torch, transformers and TRL
 are imported by the commands that need them.

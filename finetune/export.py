@@ -2,15 +2,13 @@
 
 Decides the files of each format. `seq-cls` is a sequence classifier of one label, whose logit is
 the log-odds (vLLM, transformers, text pipelines). `sentence-transformers` is the causal model with
-a chat template that its `CrossEncoder` reads. `gguf` is one file for llama.cpp's rerank server.
-Knows nothing of training.
+a chat template that its `CrossEncoder` reads. Knows nothing of training.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,13 +17,21 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from numpy.typing import NDArray
 
-from qwen3_reranker.errors import InputError, MissingExtraError, Qwen3RerankerError
+from qwen3_reranker.errors import InputError, MissingExtraError
 from qwen3_reranker.loading import yes_no_row
 from qwen3_reranker.prompt import PromptTemplate
-from qwen3_reranker.tokenization import PromptTokenizer
 
-from .whole import SAMPLE, Whole, fill, load_whole, sample_scores
+from .whole import (
+    SAMPLE,
+    Whole,
+    fill,
+    load_whole,
+    new_folder,
+    refuse_difference,
+    sample_scores,
+)
 
 _TOLERANCES = {"float32": 1e-4}
 _HALF_TOLERANCE = 0.3
@@ -41,12 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         Qwen3RerankerError: If the result scores otherwise than its source; nothing is left then.
     """
     arguments = _parser().parse_args(argv)
-    output = Path(arguments.output_dir)
-    if output.exists():
-        raise InputError(f"--output_dir '{output}' exists already. Name a new folder.")
+    output = new_folder(arguments.output_dir)
     write, check, step = _FORMATS[arguments.format]
-    whole = load_whole(arguments.model, arguments.adapter)
-    fill(output, partial(_export, arguments, whole, write, check))
+    fill(output, partial(_export, arguments.model, arguments.adapter, write, check))
     print(f"Written: {output}")
     print(step.format(output))
     return 0
@@ -65,27 +68,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 Write = Callable[[Whole, Path], None]
-Check = Callable[[Whole, Path], "np.ndarray[Any, np.dtype[np.float64]]"]
+Check = Callable[[Whole, Path], NDArray[np.float64]]
 
 
-def _export(
-    arguments: argparse.Namespace, whole: Whole, write: Write, check: Check, folder: Path
-) -> None:
+def _export(model: str, adapter: str | None, write: Write, check: Check, folder: Path) -> None:
     """Write the files, and compare what they score with what the source does."""
+    whole = load_whole(model, adapter)
     write(whole, folder)
-    _copy_originals(whole, folder)
-    name = str(whole.dtype).removeprefix("torch.")
     expected = sample_scores(
-        arguments.model, adapter=arguments.adapter, dtype=name, template=whole.template
+        model, adapter=adapter, dtype=whole.dtype_name, template=whole.tokenizer.template
     )
-    largest = float(np.abs(check(whole, folder) - expected).max())
-    bound = _TOLERANCES.get(name, _HALF_TOLERANCE)
-    if not largest <= bound:
-        raise Qwen3RerankerError(
-            f"the export scores {largest:.2g} in log-odds away from its source, bound {bound:g}, "
-            "so it is not kept. Please report this with the versions of the libraries."
-        )
-    print(f"The export scores within {largest:.1g} in log-odds of its source, bound {bound:g}.")
+    bound = _TOLERANCES.get(whole.dtype_name, _HALF_TOLERANCE)
+    refuse_difference("the export", "its source", check(whole, folder), expected, bound)
 
 
 def write_classifier(whole: Whole, folder: Path) -> None:
@@ -96,17 +90,15 @@ def write_classifier(whole: Whole, folder: Path) -> None:
         config.architectures = [
             config.architectures[0].replace("ForCausalLM", "ForSequenceClassification")
         ]
-        ids = PromptTokenizer(whole.tokenizer_json, whole.template)
         if config.pad_token_id is None:  # batches are padded; any id does, masks hide it
             config.pad_token_id = config.eos_token_id if isinstance(config.eos_token_id, int) else 0
         auto: Any = transformers.AutoModelForSequenceClassification
-        classifier = auto.from_config(config).to(whole.dtype)
+        classifier = auto.from_config(config).to(whole.full.dtype)
         classifier.base_model.load_state_dict(full.base_model.state_dict())
         with torch.no_grad():
-            classifier.score.weight.copy_(yes_no_row(full, ids)[None])
+            classifier.score.weight.copy_(yes_no_row(full, whole.tokenizer)[None])
         full = classifier
-    full.save_pretrained(folder)
-    _finish(whole, folder)
+    whole.save(folder, full)
 
 
 def write_cross_encoder(whole: Whole, folder: Path) -> None:
@@ -116,9 +108,10 @@ def write_cross_encoder(whole: Whole, folder: Path) -> None:
             "the model is a sequence classifier already, which sentence-transformers would read "
             "without the prompt. Export the causal checkpoint it came from."
         )
-    whole.full.save_pretrained(folder)
-    _finish(whole, folder)
-    (folder / "chat_template.jinja").write_text(chat_template(whole.template), encoding="utf-8")
+    whole.save(folder)
+    (folder / "chat_template.jinja").write_text(
+        chat_template(whole.tokenizer.template), encoding="utf-8"
+    )
 
 
 def chat_template(template: PromptTemplate) -> str:
@@ -137,33 +130,9 @@ def chat_template(template: PromptTemplate) -> str:
     return body + "\n"  # Jinja drops one newline at the end
 
 
-def _finish(whole: Whole, folder: Path) -> None:
-    """Add the tokenizer, and what older versions of transformers look for."""
-    (folder / "tokenizer.json").write_text(whole.tokenizer_json, encoding="utf-8")
-    file = folder / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
-    theta = (config.get("rope_parameters") or {}).get("rope_theta")
-    if theta is not None:  # version 4 reads it here, and would take 10,000 without a word
-        config["rope_theta"] = theta
-    file.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-
-
-def _copy_originals(whole: Whole, folder: Path) -> None:
-    """Copy the tokenizer's own files; a GGUF file has none, and batches need a padding token."""
-    for name in ("tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json"):
-        if (whole.folder / name).is_file():
-            shutil.copyfile(whole.folder / name, folder / name)
-    config = folder / "tokenizer_config.json"
-    if not config.exists():
-        end = whole.template.control_tokens[1]
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
-        config.write_text(json.dumps({**settings, "eos_token": end, "pad_token": end}))
-
-
 def _prompts(whole: Whole) -> list[list[int]]:
     """Return the ids of each prompt of the sample."""
-    tokenizer = PromptTokenizer(whole.tokenizer_json, whole.template)
-    groups = [tokenizer.encode_group(None, q, d, max_length=8192) for q, d in SAMPLE]
+    groups = [whole.tokenizer.encode_group(None, q, d, max_length=8192) for q, d in SAMPLE]
     return [
         [*group.head.tolist(), *document.tolist()]
         for group in groups
@@ -172,14 +141,14 @@ def _prompts(whole: Whole) -> list[list[int]]:
 
 
 @torch.no_grad()
-def score_classifier(whole: Whole, folder: Path) -> np.ndarray[Any, np.dtype[np.float64]]:
+def score_classifier(whole: Whole, folder: Path) -> NDArray[np.float64]:
     """Return the logits of the sample by transformers' own classifier."""
     auto: Any = transformers.AutoModelForSequenceClassification
     model = auto.from_pretrained(folder, dtype="auto", local_files_only=True).eval()
     return np.array([float(model(torch.tensor([ids])).logits) for ids in _prompts(whole)])
 
 
-def score_cross_encoder(whole: Whole, folder: Path) -> np.ndarray[Any, np.dtype[np.float64]]:
+def score_cross_encoder(whole: Whole, folder: Path) -> NDArray[np.float64]:
     """Return the log-odds of the sample by sentence-transformers."""
     try:
         from sentence_transformers import CrossEncoder
@@ -189,7 +158,7 @@ def score_cross_encoder(whole: Whole, folder: Path) -> np.ndarray[Any, np.dtype[
             'pip install "qwen3-reranker[mine]"'
         ) from error
     encoder = CrossEncoder(str(folder), device="cpu", local_files_only=True,
-                           model_kwargs={"dtype": whole.dtype})  # fmt: skip
+                           model_kwargs={"dtype": whole.full.dtype})  # fmt: skip
     pairs = [(query, document) for query, documents in SAMPLE for document in documents]
     raw = encoder.predict(pairs, batch_size=1, activation_fn=torch.nn.Identity())
     return np.asarray(raw, np.float64)

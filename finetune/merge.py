@@ -7,7 +7,6 @@ is written is scored before it stands under its name. Knows nothing of training.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -15,25 +14,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qwen3_reranker import checkpoint
-from qwen3_reranker.adapters import ADAPTER_RECORD
-from qwen3_reranker.errors import InputError, Qwen3RerankerError
+from qwen3_reranker.adapters import ADAPTER_RECORD, ADAPTER_WEIGHTS, adapter_weights
+from qwen3_reranker.errors import InputError
 
+from .adapter import write_json
 from .evaluate import next_step
-from .whole import fill, load_whole, sample_scores
+from .whole import fill, load_whole, new_folder, refuse_difference, sample_scores
 
-Coefficients: TypeAlias = Callable[[float], Sequence[float]]
-"""From the cosine between two tensors (of no meaning for a mean) to the factor of each."""
+Coefficients: TypeAlias = Callable[[Callable[[], float]], Sequence[float]]
+"""From the cosine between two tensors, computed where it is asked for, to the factor of each."""
+_Lora: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+"""A (rank, inputs) and B (outputs, rank), which is scaled."""
 
 _PARITY = 1e-4
 _PARALLEL = 0.9995
 """Cosine from which an arc is a straight line; the angle's sine would lose all digits."""
-_ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,9 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         Qwen3RerankerError: If the result does not score as it should; nothing is left then.
     """
     arguments = _parser().parse_args(argv)
-    models, adapters, output = arguments.model, arguments.adapter, Path(arguments.output_dir)
-    if output.exists():
-        raise InputError(f"--output_dir '{output}' exists already. Name a new folder.")
+    models, adapters = arguments.model, arguments.adapter
+    output = new_folder(arguments.output_dir)
     if len(models) == len(adapters) == 1:
         if arguments.method != "linear" or arguments.weights:
             raise InputError("an adapter is added whole. Leave --method and --weights out.")
@@ -96,9 +95,9 @@ def coefficients(method: str, weights: Sequence[float] | None, count: int) -> Co
         InputError: If the weights do not fit.
 
     Example:
-        >>> coefficients("linear", [1, 3], 2)(0.0)
+        >>> coefficients("linear", [1, 3], 2)(lambda: 0.0)
         [0.25, 0.75]
-        >>> [round(c, 4) for c in coefficients("slerp", None, 2)(0.5)]  # at 60 degrees
+        >>> [round(c, 4) for c in coefficients("slerp", None, 2)(lambda: 0.5)]  # at 60 degrees
         [0.5774, 0.5774]
     """
     weights = [1.0] * count if weights is None else list(weights)
@@ -116,10 +115,11 @@ def coefficients(method: str, weights: Sequence[float] | None, count: int) -> Co
             f"slerp goes from one checkpoint to another, got {count}. Name two, or use linear."
         )
 
-    def on_arc(cosine: float) -> Sequence[float]:
-        if not abs(cosine) < _PARALLEL:
+    def on_arc(cosine: Callable[[], float]) -> Sequence[float]:
+        value = cosine()
+        if not abs(value) < _PARALLEL:
             return shares
-        angle = math.acos(cosine)
+        angle = math.acos(value)
         return [math.sin(share * angle) / math.sin(angle) for share in shares]
 
     return on_arc
@@ -128,17 +128,10 @@ def coefficients(method: str, weights: Sequence[float] | None, count: int) -> Co
 def merge_into_base(model: str, adapter: str, folder: Path) -> None:
     """Write a model with an adapter added in float32, rounded to its base's own dtype."""
     whole = load_whole(model, adapter)
-    whole.full.save_pretrained(folder)
-    (folder / "tokenizer.json").write_text(whole.tokenizer_json, encoding="utf-8")
-    name = str(whole.dtype).removeprefix("torch.")
-    before = sample_scores(model, adapter=adapter, dtype=name)
-    largest = float(np.abs(before - sample_scores(str(folder), dtype=name)).max())
-    if not largest <= _PARITY:
-        raise Qwen3RerankerError(
-            f"the merged model scores {largest:.2g} in log-odds away from base and adapter, bound "
-            f"{_PARITY:g}, so it is not kept. Its prompt may be another than the adapter's."
-        )
-    print(f"The merged model scores as base and adapter do: within {largest:.1g} in log-odds.")
+    whole.save(folder)
+    found = sample_scores(str(folder), dtype=whole.dtype_name)
+    expected = sample_scores(model, adapter=adapter, dtype=whole.dtype_name)
+    refuse_difference("the merged model", "base and adapter", found, expected, _PARITY)
 
 
 def average_models(models: Sequence[str], factors: Coefficients, folder: Path) -> None:
@@ -164,11 +157,9 @@ def average_models(models: Sequence[str], factors: Coefficients, folder: Path) -
 
 
 def _model_folder(model: str) -> Path:
-    folder, gguf_file = checkpoint.locate(model, None)
+    folder, gguf_file, _ = checkpoint.open_checkpoint(model, None)
     if gguf_file is not None:
         raise InputError(f"'{model}' is a GGUF file, whose weights are rounded. Pass a folder.")
-    config = checkpoint.read_config(folder, None)
-    checkpoint.refuse_unsupported(config, model)
     return folder
 
 
@@ -189,9 +180,12 @@ def _read(file: Path, key: str) -> torch.Tensor:
 
 def _between(tensors: Sequence[torch.Tensor], factors: Coefficients) -> torch.Tensor:
     """Return the weighted sum of tensors of one shape, in float32."""
-    first, second = (tensor.double().flatten() for tensor in tensors[:2])
-    norms = float(first.norm() * second.norm())
-    cosine = float(first @ second) / norms if norms else 1.0
+
+    def cosine() -> float:
+        first, second = (tensor.double().flatten() for tensor in tensors[:2])
+        norms = float(first.norm() * second.norm())
+        return float(first @ second) / norms if norms else 1.0
+
     total = torch.zeros(tensors[0].shape)
     for factor, tensor in zip(factors(cosine), tensors, strict=True):
         total += factor * tensor.float()
@@ -214,7 +208,7 @@ def average_adapters(adapters: Sequence[str], factors: Coefficients, folder: Pat
     for name in layers[0]:
         parts = [each[name] for each in layers]
         try:
-            scaled = factors(_cosine(*parts[:2]))
+            scaled = factors(partial(_cosine, *parts[:2]))
             a = torch.cat([a for a, _ in parts])  # (sum of ranks, inputs)
             b = torch.cat([c * b for c, (_, b) in zip(scaled, parts, strict=True)], dim=1)
         except RuntimeError as error:
@@ -223,11 +217,11 @@ def average_adapters(adapters: Sequence[str], factors: Coefficients, folder: Pat
             ) from error
         merged[f"{name}.lora_A.weight"], merged[f"{name}.lora_B.weight"] = a, b
     rank = sum(one["r"] for one in settings)
-    save_file(merged, folder / _ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    _write(folder / "adapter_config.json",
+    save_file(merged, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    write_json(folder / "adapter_config.json",
            {**settings[0], "r": rank, "lora_alpha": rank, "use_rslora": False})  # fmt: skip
     if record is not None:
-        _write(folder / ADAPTER_RECORD, {**record, "merged_from": list(adapters)})
+        write_json(folder / ADAPTER_RECORD, {**record, "merged_from": list(adapters)})
 
 
 def _base_of(adapter: Path) -> str:
@@ -249,16 +243,9 @@ def _lora_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _lora_layers(
-    folder: Path, settings: dict[str, Any]
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Return A (rank, inputs) and the scaled B (outputs, rank) of each layer, in float32."""
-    if not (folder / _ADAPTER_WEIGHTS).is_file():
-        raise InputError(
-            f"adapter '{folder}' has no {_ADAPTER_WEIGHTS}; pickled weights are never read. Save "
-            "it with save_pretrained."
-        )
-    state = load_file(folder / _ADAPTER_WEIGHTS)
+def _lora_layers(folder: Path, settings: dict[str, Any]) -> dict[str, _Lora]:
+    """Return what an adapter adds to each layer, in float32."""
+    state = load_file(adapter_weights(folder))
     rank = settings["r"]
     scale = settings["lora_alpha"] / (math.sqrt(rank) if settings.get("use_rslora") else rank)
     names = [key.removesuffix(".lora_A.weight") for key in state if key.endswith(".lora_A.weight")]
@@ -271,12 +258,10 @@ def _lora_layers(
     }
 
 
-def _cosine(
-    one: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor]
-) -> float:
+def _cosine(one: _Lora, other: _Lora) -> float:
     """Return the cosine between B A of two layers, without the products: <BA, DC> = <B'D, AC'>."""
 
-    def inner(x: tuple[torch.Tensor, torch.Tensor], y: tuple[torch.Tensor, torch.Tensor]) -> float:
+    def inner(x: _Lora, y: _Lora) -> float:
         (a, b), (c, d) = x, y
         return float(((b.double().T @ d.double()) * (a.double() @ c.double().T)).sum())
 
@@ -309,7 +294,3 @@ def _refuse_unequal(first: str, other: str, names: set[str], others: set[str]) -
             f"'{other}' has other tensors than '{first}' ({len(names ^ others)} differ). Merge "
             "checkpoints of one base, trained with the same settings."
         )
-
-
-def _write(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

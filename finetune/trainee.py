@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from qwen3_reranker import ModelLoadError, checkpoint, loading
-from qwen3_reranker.adapters import fingerprint
+from qwen3_reranker.adapters import ADAPTER_WEIGHTS, fingerprint
 from qwen3_reranker.attention import choose_backend
 from qwen3_reranker.model import YesNoCrossEncoder
 from qwen3_reranker.packing import Pack
@@ -93,7 +93,7 @@ class Trainee:
     def load(self, folder: str | Path) -> None:
         """Read back what `save` wrote."""
         if isinstance(self.full, PeftModel):
-            state = load_file(Path(folder, "adapter_model.safetensors"))
+            state = load_file(Path(folder, ADAPTER_WEIGHTS))
             set_peft_model_state_dict(self.full, state)
         else:
             self.full.load_state_dict(load_file(Path(folder, "model.safetensors")), strict=False)
@@ -149,9 +149,7 @@ def load_trainee(base: Base, *, device: torch.device, template: PromptTemplate |
     Raises:
         ModelLoadError: If the base cannot be used, or the LoRA settings do not fit it.
     """
-    folder, gguf_file = checkpoint.locate(base.name, base.revision)
-    config = checkpoint.read_config(folder, gguf_file)
-    checkpoint.refuse_unsupported(config, base.name)
+    folder, gguf_file, config = checkpoint.open_checkpoint(base.name, base.revision)
     tokenizer_json = checkpoint.read_tokenizer(folder, gguf_file)
     tokenizer = PromptTokenizer(tokenizer_json, template)
     dtype = loading.DTYPES[base.dtype] if base.dtype else _default_dtype(device)

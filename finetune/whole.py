@@ -5,6 +5,7 @@ Decides what a model is compared by before anything made of it is kept. Knows no
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,11 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from qwen3_reranker import Reranker, checkpoint
 from qwen3_reranker.adapters import merge_adapter, recorded_template
-from qwen3_reranker.prompt import PromptTemplate
+from qwen3_reranker.errors import InputError, Qwen3RerankerError
 from qwen3_reranker.tokenization import PromptTokenizer
+
+from .adapter import write_json
 
 SAMPLE = [
     ("how long does dough rest", ["An hour under a cloth, or overnight in the cold.", "Tea."]),
@@ -25,6 +29,9 @@ SAMPLE = [
     ("哪种茶不含咖啡因", ["洋甘菊茶不含咖啡因。", "def add(a, b):\n    return a + b"]),
 ]
 """Pairs by which a merged model is compared with what it was merged from."""
+_TOKENIZER_FILES = (
+    "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,19 +42,39 @@ class Whole:
         folder: Where its base lies.
         full: transformers' model, in the base's own dtype.
         tokenizer_json: Content of its `tokenizer.json`.
-        template: Its prompt.
+        tokenizer: Encodes its prompts.
     """
 
     folder: Path
     full: Any
     tokenizer_json: str
-    template: PromptTemplate
+    tokenizer: PromptTokenizer
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype_name(self) -> str:
         """The dtype of its weights."""
-        dtype: torch.dtype = self.full.dtype
-        return dtype
+        return str(self.full.dtype).removeprefix("torch.")
+
+    def save(self, folder: Path, full: Any = None) -> None:
+        """Write the model, or another made of it, with its tokenizer.
+
+        Other programs and older versions of transformers find what they look for, too.
+        """
+        (self.full if full is None else full).save_pretrained(folder)
+        (folder / "tokenizer.json").write_text(self.tokenizer_json, encoding="utf-8")
+        for name in _TOKENIZER_FILES:
+            if (self.folder / name).is_file():
+                shutil.copyfile(self.folder / name, folder / name)
+        if not (folder / "tokenizer_config.json").exists():  # of a GGUF; batches need padding
+            end = self.tokenizer.template.control_tokens[1]
+            settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
+            write_json(
+                folder / "tokenizer_config.json", {**settings, "eos_token": end, "pad_token": end}
+            )
+        config = checkpoint.read_json(folder / "config.json")
+        theta = (config.get("rope_parameters") or {}).get("rope_theta")
+        if theta is not None:  # version 4 reads it here, and would take 10,000 without a word
+            write_json(folder / "config.json", {**config, "rope_theta": theta})
 
 
 def load_whole(model: str, adapter: str | None) -> Whole:
@@ -56,9 +83,7 @@ def load_whole(model: str, adapter: str | None) -> Whole:
     Raises:
         ModelLoadError: If either cannot be used.
     """
-    folder, gguf_file = checkpoint.locate(model, None)
-    config = checkpoint.read_config(folder, gguf_file)
-    checkpoint.refuse_unsupported(config, model)
+    folder, gguf_file, config = checkpoint.open_checkpoint(model, None)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     full = checkpoint.read_weights(folder, gguf_file, config, torch.float32)
     template = None
@@ -67,11 +92,11 @@ def load_whole(model: str, adapter: str | None) -> Whole:
         template = recorded_template(None, adapter_folder)
         full = merge_adapter(full, adapter_folder)
     tokenizer_json = checkpoint.read_tokenizer(folder, gguf_file)
-    template = PromptTokenizer(tokenizer_json, template).template
-    return Whole(folder, full.to(dtype), tokenizer_json, template)
+    tokenizer = PromptTokenizer(tokenizer_json, template)
+    return Whole(folder, full.to(dtype), tokenizer_json, tokenizer)
 
 
-def sample_scores(model: str, **settings: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
+def sample_scores(model: str, **settings: Any) -> NDArray[np.float64]:
     """Return the log-odds of the sample."""
     queries, documents = zip(*SAMPLE, strict=True)
     with Reranker(model, **settings) as reranker:
@@ -83,6 +108,37 @@ def sample_scores(model: str, **settings: Any) -> np.ndarray[Any, np.dtype[np.fl
             for result in sorted(ranking, key=lambda result: result.index)
         ]
     )
+
+
+def refuse_difference(
+    what: str, source: str, found: NDArray[np.float64], expected: NDArray[np.float64], bound: float
+) -> None:
+    """Print how far scores are from those of their source.
+
+    Raises:
+        Qwen3RerankerError: If that is more than `bound`, in log-odds.
+    """
+    largest = float(np.abs(found - expected).max())
+    if not largest <= bound:
+        raise Qwen3RerankerError(
+            f"{what} scores {largest:.2g} in log-odds away from {source}, bound {bound:g}, so it "
+            "is not kept. An adapter of another prompt than the model's would explain it; if that "
+            "is not so, please report this with the versions of the libraries."
+        )
+    print(f"{what.capitalize()} scores within {largest:.1g} in log-odds of {source}, "
+          f"bound {bound:g}.")  # fmt: skip
+
+
+def new_folder(name: str) -> Path:
+    """Return where a result is to be written.
+
+    Raises:
+        InputError: If something stands there.
+    """
+    output = Path(name)
+    if output.exists():
+        raise InputError(f"--output_dir '{output}' exists already. Name a new folder.")
+    return output
 
 
 def fill(output: Path, write: Callable[[Path], None]) -> None:

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 ADAPTER_RECORD = "qwen3_reranker.json"
 """File beside an adapter's weights that records what it was trained with."""
 
-_ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _SHAPE = (
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
     "num_attention_heads", "num_key_value_heads", "tie_word_embeddings",
@@ -84,17 +84,28 @@ def recorded_template(asked: PromptTemplate | None, folder: Path) -> PromptTempl
     return known
 
 
+def adapter_weights(folder: Path) -> Path:
+    """Return the file of an adapter's weights.
+
+    Raises:
+        ModelLoadError: If there is none; pickled weights are never read.
+    """
+    file = folder / ADAPTER_WEIGHTS
+    if not file.is_file():
+        raise ModelLoadError(
+            f"adapter '{folder}' has no {ADAPTER_WEIGHTS}. Save it with "
+            "save_pretrained; pickled weights are never read."
+        )
+    return file
+
+
 def merge_adapter(full: Any, folder: Path) -> Any:
     """Return the model with LoRA weights merged into it, in the model's dtype.
 
     Raises:
         ModelLoadError: If the adapter has no safetensors file or does not fit the model.
     """
-    if not (folder / _ADAPTER_FILE).is_file():
-        raise ModelLoadError(
-            f"adapter '{folder}' has no adapter_model.safetensors. Save it with "
-            "save_pretrained; pickled weights are never read."
-        )
+    weights = adapter_weights(folder)
     try:
         from peft import PeftModel, get_peft_model_state_dict
     except ImportError as error:
@@ -108,7 +119,7 @@ def merge_adapter(full: Any, folder: Path) -> Any:
         tuned = PeftModel.from_pretrained(full, folder)
         # By itself peft asks the Hub whether the vocabulary has grown; embeddings never train.
         wanted = set(get_peft_model_state_dict(tuned, save_embedding_layers=False))
-        with safe_open(str(folder / _ADAPTER_FILE), "pt") as file:
+        with safe_open(str(weights), "pt") as file:
             stored = set(file.keys())
         if wanted != stored:
             raise ValueError(f"{len(wanted ^ stored)} tensors have no counterpart")

@@ -64,6 +64,18 @@ def locate(model: str, revision: str | None) -> tuple[Path, str | None]:
     return Path(folder), None
 
 
+def open_checkpoint(model: str, revision: str | None) -> tuple[Path, str | None, Any]:
+    """Return the folder of a checkpoint, the name of a GGUF file, and a supported configuration.
+
+    Raises:
+        ModelLoadError: If it cannot be found or read, or is of no kind that is supported.
+    """
+    folder, gguf_file = locate(model, revision)
+    config = read_config(folder, gguf_file)
+    refuse_unsupported(config, model)
+    return folder, gguf_file, config
+
+
 def read_config(folder: Path, gguf_file: str | None) -> Any:
     """Return the transformers configuration of a checkpoint.
 

@@ -80,14 +80,11 @@ def _parser() -> argparse.ArgumentParser:
         help='JSONL of {"query", "candidates": [{"text", "id"?, "label"?}]} rows, ranked whole; '
         "with labels nDCG@10 is printed",
     )
-    rank.add_argument("-i", "--instruction", help="task sentence; rows may have their own")
     rank.add_argument("-n", "--top-n", type=int, help="documents to keep per query")
     rank.add_argument("--threshold", type=float, help="lowest P(yes) to keep")
     rank.add_argument("--json", action="store_true", help="one JSON object per query")
     rank.add_argument("-m", "--model", default=_DEFAULT_MODEL, help="default: %(default)s")
-    rank.add_argument("--adapter", help="LoRA weights")
-    rank.add_argument("--max-length", type=int, default=8192, help="tokens per pair")
-    _add_model_options(rank)
+    _add_reranker_options(rank)
     rank.set_defaults(run=_rank)
 
     serve = commands.add_parser(
@@ -100,10 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
     serve.add_argument("--port", type=int, default=8012, help="default: %(default)s")
     serve.add_argument("--api-key-file", metavar="FILE", help="file with the key of clients")
-    serve.add_argument("-i", "--instruction", help="task sentence of requests that have none")
-    serve.add_argument("--adapter", help="LoRA weights")
-    serve.add_argument("--max-length", type=int, default=8192, help="tokens per pair")
-    _add_model_options(serve)
+    _add_reranker_options(serve)
     serve.set_defaults(run=_serve)
 
     doctor = commands.add_parser(
@@ -114,6 +108,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_model_options(doctor)
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _add_reranker_options(parser: argparse.ArgumentParser) -> None:
+    """Add what `_reranker` reads, but for the model."""
+    parser.add_argument("-i", "--instruction", help="task sentence, where none comes with a query")
+    parser.add_argument("--adapter", help="LoRA weights")
+    parser.add_argument("--max-length", type=int, default=8192, help="tokens per pair")
+    _add_model_options(parser)
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:

@@ -23,17 +23,11 @@ import transformers
 
 from .adapters import merge_adapter, recorded_template
 from .attention import choose_backend
-from .checkpoint import (
-    locate,
-    read_config,
-    read_tokenizer,
-    read_weights,
-    refuse_unsupported,
-)
+from .checkpoint import locate, open_checkpoint, read_tokenizer, read_weights
 from .errors import ModelLoadError
 from .int8 import quantise_layers
 from .model import YesNoCrossEncoder
-from .packing import Budget, Seat, build_pack, merge_duplicates, plan_packs
+from .packing import Budget, build_pack, merge_duplicates, plan_packs
 from .prompt import PromptTemplate
 from .tokenization import PromptTokenizer
 
@@ -98,9 +92,7 @@ def load_model(
         ModelLoadError: If anything about the checkpoint is missing, unsupported or inconsistent.
     """
     torch_device = _choose_device(device)
-    folder, gguf_file = locate(model, revision)
-    config = read_config(folder, gguf_file)
-    refuse_unsupported(config, model)
+    folder, gguf_file, config = open_checkpoint(model, revision)
     serving_dtype, dtype_reason = _choose_dtype(dtype, torch_device, config)
     adapter_folder = None if adapter is None else locate(adapter, None)[0]
     if adapter_folder is not None:
@@ -275,9 +267,9 @@ def quantise(network: YesNoCrossEncoder, tokenizer: PromptTokenizer, backend: st
     sample = json.loads(files(__package__).joinpath("demo.json").read_text(encoding="utf-8"))
     query, texts = sample["queries"][0]["query"], [each["text"] for each in sample["passages"]]
     group = tokenizer.encode_group(None, query, texts[:_SAMPLE], max_length=512)
-    (merged,), _ = merge_duplicates([group])
-    every = range(len(merged.documents))
-    packs = [build_pack([merged], [Seat(0, (d,))], backend=backend) for d in every]
+    merged, _ = merge_duplicates([group])
+    plans = plan_packs(merged, Budget(_CPU_BATCH_TOKENS))
+    packs = [build_pack(merged, seats, backend=backend) for seats in plans]
     exact = np.concatenate([network.score(pack) for pack in packs])
     quantise_layers(network.decoder)
     rounded = np.concatenate([network.score(pack) for pack in packs])

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from .errors import InputError, ModelLoadError
+from .inputs import repaired
 from .prompt import CHATML, QWEN3_RERANKER, PromptTemplate
 
 logger = logging.getLogger(__name__)
@@ -269,15 +270,15 @@ def _beginning(text: str, num_chars: int) -> str:
 
 def _repair_surrogates(texts: Sequence[str]) -> tuple[list[str], int]:
     """Join surrogate pairs, replace lone surrogates by U+FFFD, and count the texts changed."""
-    repaired, count = [], 0
+    fixed, count = [], 0
     for text in texts:
         try:
             text.encode()
         except UnicodeEncodeError:
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            text = repaired(text)
             count += 1
-        repaired.append(text)
-    return repaired, count
+        fixed.append(text)
+    return fixed, count
 
 
 # Beginnings and ends that merge badly elsewhere: spaces, newlines, punctuation, marks, digits,

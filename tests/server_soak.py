@@ -26,9 +26,10 @@ from typing import Any
 
 import httpx
 
+from benchmarks.workload import resident_bytes
 from qwen3_reranker import RemoteReranker, Reranker
 from tests import real_parts, texts
-from tests.servers import Server, serving
+from tests.servers import serving
 
 KEY = "soak-key"
 TOLERANCE = 1e-5
@@ -153,13 +154,6 @@ class Load:
             thread.join()
 
 
-def resident_mb(server: Server) -> float:
-    """Return the resident size of a server."""
-    lines = Path(f"/proc/{server.process.pid}/status").read_text().splitlines()
-    (kilobytes,) = (line.split()[1] for line in lines if line.startswith("VmRSS"))
-    return int(kilobytes) / 1024
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run, print, and say whether all was as promised."""
     parser = argparse.ArgumentParser(prog="python -m tests.server_soak", description=__doc__)
@@ -174,9 +168,9 @@ def main(argv: list[str] | None = None) -> int:
         ):
             load = Load(server.url, core)
             load.run(args.seconds * _WARM_UP)
-            memory = resident_mb(server)
+            memory = resident_bytes("VmRSS", server.process.pid)
             load.run(args.seconds * (1 - _WARM_UP))
-            growth = resident_mb(server) - memory
+            growth = (resident_bytes("VmRSS", server.process.pid) - memory) / 2**20
             load.remote.close()
             load.http.close()
             has_traceback = "Traceback" in server.log()

@@ -24,6 +24,7 @@ from typing import Any
 from langchain_core.documents import Document
 from llama_index.core.schema import NodeWithScore, TextNode
 
+from benchmarks.workload import resident_bytes
 from langchain_qwen3_reranker import Qwen3Reranker as Compressor
 from llama_index.postprocessor.qwen3_reranker import Qwen3Reranker as Postprocessor
 from qwen3_reranker import Reranker
@@ -143,13 +144,6 @@ class Load:
             thread.join()
 
 
-def resident_mb() -> float:
-    """Return the resident size of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (kilobytes,) = (line.split()[1] for line in lines if line.startswith("VmRSS"))
-    return int(kilobytes) / 1024
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run, print, and say whether all was as promised."""
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
@@ -158,9 +152,9 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         load = Load(str(real_parts.save_random_qwen3(Path(folder))))
         load.run_all(60 * args.minutes * _WARM_UP)
-        memory, threads = resident_mb(), threading.active_count()
+        memory, threads = resident_bytes("VmRSS") / 2**20, threading.active_count()
         load.run_all(60 * args.minutes * (1 - _WARM_UP))
-        growth = resident_mb() - memory
+        growth = resident_bytes("VmRSS") / 2**20 - memory
         print(
             f"{args.minutes:g} min, {THREADS} threads and {TASKS} tasks: {load.count} calls, "
             f"{len(load.errors)} errors, {load.wrong} wrong, largest difference "

@@ -35,7 +35,7 @@ def write_rank_gguf(folder: Path, file: Path, *, with_template: bool = True) -> 
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_pooling_type(gguf.PoolingType.RANK)
     writer.add_classifier_output_labels(["yes", "no"])
-    _add_tokenizer(writer, json.loads((folder / "tokenizer.json").read_text()))
+    add_tokenizer(writer, json.loads((folder / "tokenizer.json").read_text()))
     if with_template:
         template = QWEN3_RERANKER
         head = template.head(template.default_instruction, "{query}")
@@ -49,7 +49,8 @@ def write_rank_gguf(folder: Path, file: Path, *, with_template: bool = True) -> 
     return file
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, state: dict[str, Any]) -> None:
+def add_tokenizer(writer: gguf.GGUFWriter, state: dict[str, Any]) -> None:
+    """Add a Qwen tokenizer, from the content of its tokenizer.json."""
     added = {token["content"]: token["id"] for token in state["added_tokens"]}
     vocabulary = {**state["model"]["vocab"], **added}
     tokens = sorted(vocabulary, key=vocabulary.__getitem__)

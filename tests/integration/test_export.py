@@ -73,6 +73,7 @@ def test_adapter_is_exported_with_its_base(checkpoint: Callable[..., Path], tmp_
     assert np.abs(found - log_odds(checkpoint(), dtype="float32")).max() > 1e-2
 
 
+@pytest.mark.slow  # as above, with other weights
 @pytest.mark.parametrize("form", FORMATS)
 def test_half_precision_has_a_bound_of_its_own(
     checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str

@@ -70,23 +70,15 @@ def write_qwen3_gguf(folder: Path, file: Path) -> Path:
     """Write the tokenizer of a checkpoint as a GGUF file without weights."""
     import gguf
 
-    state = json.loads((folder / "tokenizer.json").read_text())
-    added = {token["content"]: token["id"] for token in state["added_tokens"]}
-    vocabulary = {**state["model"]["vocab"], **added}
-    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
-    control = gguf.TokenType.CONTROL
+    from tests.compat.gguf_reranker import add_tokenizer
+
     writer = gguf.GGUFWriter(file, "qwen3")
     writer.add_block_count(1)
     writer.add_context_length(512)
     writer.add_embedding_length(8)
     writer.add_feed_forward_length(8)
     writer.add_head_count(1)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([control if t in added else gguf.TokenType.NORMAL for t in tokens])
-    writer.add_token_merges([" ".join(pair) for pair in state["model"]["merges"]])
-    writer.add_eos_token_id(added["<|im_end|>"])
+    add_tokenizer(writer, json.loads((folder / "tokenizer.json").read_text()))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()

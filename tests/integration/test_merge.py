@@ -61,7 +61,16 @@ def changes(adapter: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=["tied", "untied"])
-@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"use_dora": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        *(
+            pytest.param({name: True}, marks=pytest.mark.slow, id=name)
+            for name in ("use_rslora", "use_dora")
+        ),
+    ],
+)
 def test_adapter_in_its_base_scores_as_beside_it(
     checkpoint: Callable[..., Path], make_adapter: MakeAdapter, tmp_path: Path,
     capsys: pytest.CaptureFixture[str], shape: dict[str, bool], settings: dict[str, bool],
@@ -154,13 +163,14 @@ def test_midpoint_of_two_changes_keeps_their_length(
     before, middle = changes(one), changes(output)
     for name, change in middle.items():
         assert float(change.norm()) == pytest.approx(float(before[name].norm()), rel=1e-5)
-    mean = coefficients("linear", None, 2)(math.cos(math.radians(degrees)))
-    assert mean[0] < coefficients("slerp", None, 2)(math.cos(math.radians(degrees)))[0]
+    cosine = math.cos(math.radians(degrees))
+    mean = coefficients("linear", None, 2)(lambda: cosine)
+    assert mean[0] < coefficients("slerp", None, 2)(lambda: cosine)[0]
 
 
 def test_parallel_and_opposite_tensors_are_averaged() -> None:
     for cosine in (1.0, -1.0, math.nan):
-        assert coefficients("slerp", [1, 3], 2)(cosine) == [0.25, 0.75]
+        assert coefficients("slerp", [1, 3], 2)(lambda value=cosine: value) == [0.25, 0.75]
 
 
 @pytest.mark.parametrize("method", ["linear", "slerp"])
