@@ -22,6 +22,13 @@ def test_doctor_finds_a_good_model_healthy(
     assert "0.999498" in out
 
 
+def test_doctor_calls_the_price_of_int8_no_fault(
+    checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", str(checkpoint()), "--dtype", "int8"]) == 0
+    assert "the price of int8" in capsys.readouterr().out
+
+
 def test_doctor_sees_a_wrong_head(
     checkpoint: Callable[..., Path],
     capsys: pytest.CaptureFixture[str],
