@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: demo test check oldest compat soak coverage mutation gpu clean
+.PHONY: demo test check distributed oldest compat soak coverage mutation gpu clean
 
 # The main job on a small model that comes as a package: core, LangChain, LlamaIndex.
 demo: .venv/demo
@@ -18,6 +18,11 @@ check: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -m "not gpu"
+
+# Training on two processes: DDP, and DeepSpeed, which compiles a part of itself with g++.
+distributed: .venv/test
+	$(PIP) install -q -c constraints.txt --no-build-isolation deepspeed
+	$(BIN)/python -m pytest -q -m slow tests/integration/test_distributed.py
 
 # Both integrations with the oldest frameworks that pyproject.toml admits, whose own warnings pass.
 oldest: .venv/oldest

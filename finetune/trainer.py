@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import resource
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from time import perf_counter
 from typing import Any
 
@@ -86,25 +87,59 @@ class GroupTrainer(transformers.Trainer):
         """Add the gradients of one batch; return its share of the step's mean loss."""
         model.train()
         device = self.args.device
-        packs = training_packs(
-            inputs,
-            max_batch_tokens=self._max_batch_tokens,
-            backend=self._trainee.backend,
-            device=device,
+        packs = list(
+            training_packs(
+                inputs,
+                max_batch_tokens=self._max_batch_tokens,
+                backend=self._trainee.backend,
+                device=device,
+            )
         )
         assert num_items_in_batch is not None, "get_batch_samples counts the groups"  # noqa: S101
+        # Processes average their gradients, but the count is already that of all of them.
+        scale = self.accelerator.num_processes / num_items_in_batch
+        idle = self._most(len(packs)) - len(packs)
         total = torch.zeros((), device=device)
-        for packed in packs:
-            with self.compute_loss_context_manager():
-                log_odds = model(packed.pack).split([len(targets) for targets in packed.targets])
-            losses = [self._loss(*pair) for pair in zip(log_odds, packed.targets, strict=True)]
-            share = torch.stack(losses).sum() / num_items_in_batch
-            # Processes average their gradients, but the count is already that of all of them.
-            self.accelerator.backward(share * self.accelerator.num_processes)
+        for i, packed in enumerate([*packs, *[packs[-1]] * idle]):
+            with self._gradients_held(model) if i + 1 < len(packs) + idle else nullcontext():
+                with self.compute_loss_context_manager():
+                    sizes = [len(targets) for targets in packed.targets]
+                    log_odds = model(packed.pack).split(sizes)
+                losses = [self._loss(*pair) for pair in zip(log_odds, packed.targets, strict=True)]
+                share = torch.stack(losses).sum() * (scale if i < len(packs) else 0)
+                self._backward(share)
             total += share.detach()
-            self._tokens += len(packed.pack.token_ids)
+            self._tokens += len(packed.pack.token_ids) if i < len(packs) else 0
         self._groups += len(inputs)
         return total
+
+    def _most(self, count: int) -> int:
+        """Return the largest count of any process.
+
+        Ragged groups fill more packs on one process than on another, but each forward and
+        backward of a sharded model is a meeting of them all, so the others repeat a pack for it.
+        """
+        counts = self.accelerator.gather(torch.tensor(count, device=self.args.device))
+        return int(counts.max())
+
+    @contextmanager
+    def _gradients_held(self, model: torch.nn.Module) -> Iterator[None]:
+        """Add gradients up without exchanging them, and without a step of DeepSpeed."""
+        state = self.accelerator.gradient_state
+        syncs = state.sync_gradients
+        state._set_sync_gradients(False)
+        try:
+            with self.accelerator.no_sync(model):
+                yield
+        finally:
+            state._set_sync_gradients(syncs)
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        if self.is_deepspeed_enabled:
+            # Or it would divide by the accumulation steps, which the count covers already.
+            self.accelerator.backward(loss, scale_wrt_gas=False)
+        else:
+            self.accelerator.backward(loss)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Rank the frozen lists, log and return the metrics."""
