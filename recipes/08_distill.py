@@ -1,7 +1,7 @@
-"""Distil a larger reranker into a smaller one: the small one learns the large one's scores.
+r"""Distil a larger reranker into a smaller one: the small one learns the large one's scores.
 
     python recipes/08_distill.py                # the embedded model teaches its own base, minutes
-    python recipes/08_distill.py Qwen/Qwen3-Reranker-8B Qwen/Qwen3-Reranker-0.6B \\
+    python recipes/08_distill.py Qwen/Qwen3-Reranker-8B Qwen/Qwen3-Reranker-0.6B \
         train.jsonl dev.jsonl --learning_rate 1e-4
 
 Training rows need no new labels: the teacher's log-odds say how much better one document is than
