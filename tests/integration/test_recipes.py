@@ -13,6 +13,8 @@ from statistics import mean
 
 import pytest
 
+from tests.real_parts import save_random_adapter
+
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.py"))
 
 
@@ -32,7 +34,11 @@ def arguments(checkpoint: Callable[..., Path], tmp_path: Path) -> dict[str, list
         rows = (SUPPORT / f"{name}.jsonl").read_text().splitlines()[:4]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
     files = [str(tmp_path / "train.jsonl"), str(tmp_path / "dev.jsonl")]
-    return {"08_distill.py": [model, model, *files, "--max_steps", "1", "--use_cpu", "true"]}
+    adapters = [str(save_random_adapter(tmp_path / name, checkpoint())) for name in ("a", "b")]
+    return {
+        "08_distill.py": [model, model, *files, "--max_steps", "1", "--use_cpu", "true"],
+        "09_merge.py": [model, *adapters, files[1]],
+    }
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
