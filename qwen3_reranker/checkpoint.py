@@ -214,10 +214,16 @@ def read_weights(
         )
     lacking = [*report["missing_keys"], *report["mismatched_keys"]]
     if lacking:
+        causal = config.architectures[0].replace("ForSequenceClassification", "ForCausalLM")
+        remedy = (
+            f"It seems to be a causal checkpoint: name {causal} in its config.json."
+            if lacking == ["score.weight"]
+            else "Fetch the checkpoint again."
+        )
         raise ModelLoadError(
             f"the checkpoint in '{folder}' lacks {len(lacking)} tensors that "
             f"{config.architectures[0]} needs, the first is {lacking[0]}; left alone they would be "
-            "random and so would every score. Fetch the checkpoint again."
+            f"random and so would every score. {remedy}"
         )
     return full
 
