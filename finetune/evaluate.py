@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import mean
 
 from accelerate import PartialState  # type: ignore[import-untyped]
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object  # type: ignore[import-untyped]
 from tqdm import tqdm
 
 from qwen3_reranker import Reranker, checkpoint
