@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch.distributed.tensor import DTensor
 
 from qwen3_reranker.errors import NonFiniteScoreError
 
@@ -188,8 +189,9 @@ class _FiniteOrStop(transformers.TrainerCallback):
         if args.fp16:
             return  # its loss scaler skips such a step, and tries a smaller scale
         gradients = [p.grad for p in parts["model"].parameters() if p.grad is not None]
-        norms = torch._foreach_norm(gradients) if gradients else []
-        if not all(torch.stack([norm.isfinite() for norm in norms])):
+        # Of a sharded model each process sees its part, and one that ends, ends them all.
+        local = [each.to_local() if isinstance(each, DTensor) else each for each in gradients]
+        if local and not torch.stack(torch._foreach_norm(local, torch.inf)).isfinite().all():
             raise _not_finite("gradient", rows)
 
 
