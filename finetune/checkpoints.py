@@ -119,7 +119,10 @@ def starting_point(
 
 
 def _whole(folder: Path, settings: Mapping[str, Any], needs_best: bool) -> Start:
-    start = Start(folder, differences(verify(folder), settings))
+    recorded = verify(folder)
+    if recorded.get("save_only_model"):
+        raise DamagedError(f"'{folder}' has weights only, by --save_only_model")
+    start = Start(folder, differences(recorded, settings))
     best = start.best() if needs_best else None
     if best is not None and best.name != folder.name:
         verify(best)

@@ -7,6 +7,8 @@ are imported by the commands that need them.
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -91,6 +93,11 @@ def _train(argv: list[str]) -> int:
     except (StoppedError, WriteError) as error:
         print(error, file=sys.stderr)
         return error.status
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"{error}. Make room, then pass --resume_from_checkpoint true.", file=sys.stderr)
+        return os.EX_IOERR
     return 0
 
 

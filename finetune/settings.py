@@ -28,7 +28,7 @@ _TRAINING = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "bf16", "fp16",
     "eval_strategy", "eval_steps", "eval_delay", "load_best_model_at_end", "metric_for_best_model",
     "greater_is_better", "seed", "data_seed", "dataloader_drop_last", "train_sampling_strategy",
-    "ignore_data_skip",
+    "ignore_data_skip", "save_only_model",
 )  # fmt: skip
 """Of the Trainer's settings those that may not."""
 _LORA = {

@@ -132,6 +132,13 @@ def test_a_checkpoint_by_name_is_taken_or_refused(tmp_path: Path) -> None:
             start(tmp_path, str(wanted))
 
 
+def test_weights_alone_are_not_gone_on_from(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, 4)
+    commit(folder, ["adapter_model.safetensors"], {**SETTINGS, "save_only_model": True})
+    found, said = start(tmp_path, settings={"save_only_model": True})
+    assert (found, "--save_only_model" in said[0]) == (None, True)
+
+
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     checkpoint(tmp_path, 4)
     changed = {"learning_rate": 2e-4, "train_file": ["abd"], "new_in_this_version": 1}
