@@ -134,11 +134,10 @@ def writing(folder: Path, num_bytes: int) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:
         # A full disk is a RuntimeError to torch.save, and to safetensors one of its own.
         shutil.rmtree(folder, ignore_errors=True)
-        free = shutil.disk_usage(folder.parent).free
         raise WriteError(
             f"'{folder}' could not be written ({type(error).__name__}: {error}). It takes about "
-            f"{num_bytes:,} bytes, and {free:,} are free now that it was removed; checkpoints "
-            "before it are whole. Make room, then go on with --resume_from_checkpoint true."
+            f"{num_bytes:,} bytes and was removed; checkpoints before it are whole. Make room, "
+            "then go on with --resume_from_checkpoint true."
         ) from error
 
 
