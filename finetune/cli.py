@@ -7,6 +7,8 @@ are imported by the commands that need them.
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -28,7 +30,10 @@ Each command has --help. A first run:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit status: 0 done, 2 bad input, 130 interrupted."""
+    """Run the command line; return its exit status.
+
+    0: done. 2: bad input. 74: a checkpoint could not be written. 130, 143: interrupted, terminated.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="qwen3-finetune",
@@ -79,9 +84,20 @@ def _validate(argv: list[str]) -> int:
 def _train(argv: list[str]) -> int:
     parser = training_parser()
     arguments, model, training = parse_training(parser, argv)
+    from .checkpoints import StoppedError
+    from .output import WriteError
     from .train import train
 
-    train(arguments, model, training)
+    try:
+        train(arguments, model, training)
+    except (StoppedError, WriteError) as error:
+        print(error, file=sys.stderr)
+        return error.status
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"{error}. Make room, then pass --resume_from_checkpoint true.", file=sys.stderr)
+        return os.EX_IOERR
     return 0
 
 
