@@ -8,6 +8,7 @@ that training saw.
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -17,7 +18,7 @@ from typing import Any
 import transformers
 
 from qwen3_reranker import Reranker, checkpoint, inputs, loading
-from qwen3_reranker.errors import Qwen3RerankerError
+from qwen3_reranker.errors import InputError, Qwen3RerankerError
 
 from . import losses
 from .adapter import save_adapter
@@ -50,7 +51,7 @@ def train(
         arguments: Data, objective and evaluation.
         base: The model and its LoRA settings.
         training: The Trainer's arguments; `output_dir` gets the adapter, the run and the report.
-        say: Called with each line that the user should see.
+        say: Called with each line that the user should see, by the first process alone.
 
     Returns:
         The folder of the adapter; `Reranker(base, adapter=folder)` serves it.
@@ -58,12 +59,16 @@ def train(
     Raises:
         DataError: With every fault of the data.
         ModelLoadError: If the base cannot be trained.
-        InputError: If the output folder holds another run, or one is writing to it.
+        InputError: If the output folder holds another run, or one is writing to it; or if the
+            processes cannot share a step.
         StoppedError: If a signal stopped it; its state is saved.
         WriteError: If the disk is full; earlier checkpoints are whole.
         Qwen3RerankerError: If the reloaded adapter does not score as in training.
     """
     output = Path(str(training.output_dir))
+    _check_processes(training)
+    if training.process_index:
+        say = _nothing
     data = read_data(arguments, say)
     transformers.set_seed(training.seed)
     trainee = load_trainee(base, device=training.device, template=_template(arguments))
@@ -135,6 +140,25 @@ def train(
     say("Next, rerank with it:")
     say(report.next_step)
     return output
+
+
+def _check_processes(training: transformers.TrainingArguments) -> None:
+    if training.n_gpu > 1:  # the Trainer would cut packs into pieces for its DataParallel
+        raise InputError(
+            f"one process sees {training.n_gpu} GPUs, and each needs its own. Start one for each: "
+            f"torchrun --nproc-per-node {training.n_gpu} -m finetune train ..., or show it one by "
+            "CUDA_VISIBLE_DEVICES=0."
+        )
+    if training.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise InputError(
+            "FSDP is set, but lists are ranked between steps by layers that FSDP would have taken "
+            "apart. Leave it out: every GPU that serves the model holds it with LoRA, and "
+            "--deepspeed recipes/cluster/zero2.json shares out what full fine-tuning adds."
+        )
+
+
+def _nothing(_: str) -> None:
+    """Say what other processes say: the first has said it."""
 
 
 def sampling(
