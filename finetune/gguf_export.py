@@ -3,7 +3,8 @@
 Decides what such a file holds: the decoder in its own dtype, the tokenizer, the prompt with its
 instruction, and the yes/no row as a rank head. llama.cpp knows that head for the Qwen3 architecture
 alone: a Llama or Qwen2 file with one does not load there ("wrong number of tensors"), and without
-one the score would be a number of the hidden state. Knows nothing of other formats.
+one the score would be a number of the hidden state. Its server keeps keys and values in float16
+unless told otherwise, which moves scores by up to 6e-4. Knows nothing of other formats.
 """
 
 from __future__ import annotations

@@ -80,9 +80,9 @@ def url(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
 
 
 class TestLlamaCpp:
-    """Our client on real llama.cpp, whose keys and values are float16 by default."""
+    """Our client on real llama.cpp."""
 
-    TOLERANCE = 5e-4
+    TOLERANCE = 1e-5
 
     @pytest.mark.parametrize("path", ["", "/rerank", "/v1/rerank"])
     def test_scores_are_those_in_process(self, url: str, path: str, folder: Path) -> None:
