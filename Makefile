@@ -29,7 +29,8 @@ oldest: .venv/oldest
 	.venv/oldest/bin/python -m pytest -q -W default \
 		tests/integration/test_contracts.py tests/integration/test_frameworks.py
 
-# Other people's rerank clients on our server, our client on llama.cpp, requests drawn at random.
+# Other people's rerank clients on our server, our client and exports on llama.cpp, requests drawn
+# at random.
 compat: .venv/test .venv/compat
 	$(BIN)/python -m pytest -q -m slow tests/compat
 

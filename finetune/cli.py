@@ -21,7 +21,7 @@ _COMMANDS = """commands:
   train [--config FILE]     fine-tune, measure before and after, write adapter and report
   evaluate --eval_file FILE compare a model with and without its adapter
   merge --output_dir FOLDER an adapter into its base; or several models or adapters into one
-  export --format FORMAT    a model for transformers, vLLM or sentence-transformers
+  export --format FORMAT    a model for transformers, vLLM, sentence-transformers or llama.cpp
 
 Each command has --help. A first run:
   qwen3-finetune train --model_name_or_path Qwen/Qwen3-Reranker-0.6B \\
