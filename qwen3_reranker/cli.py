@@ -26,6 +26,7 @@ from .results import RankedDocument, cut_ranking
 from .terminal import WIDTH, fit
 
 if TYPE_CHECKING:
+    from .remote import RemoteReranker
     from .reranker import Reranker
 
 _DEFAULT_MODEL = "Qwen/Qwen3-Reranker-0.6B"
@@ -107,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Rank documents on a web page that this machine alone can open. --url takes "
         "the scores from a server; its API key is taken from QWEN3_RERANKER_API_KEY.",
     )
-    ui.add_argument("model", nargs="?", default=_DEFAULT_MODEL, help="default: %(default)s")
+    ui.add_argument("model", nargs="?", help=f"default: {_DEFAULT_MODEL}")
     ui.add_argument("--url", help="address of a rerank server, in place of a model")
     ui.add_argument("--port", type=int, default=7860, help="default: %(default)s")
     _add_reranker_options(ui)
@@ -294,17 +295,28 @@ def _ui(arguments: argparse.Namespace) -> int:
             f"the page needs {error.name}, which is not installed. Run: "
             'pip install "qwen3-reranker[ui]"'
         ) from error
-    if arguments.url is not None:
-        from .remote import RemoteReranker
-
-        remote = RemoteReranker(arguments.url, instruction=arguments.instruction)
-        ui.serve(remote, arguments.url, port=arguments.port)
-        return 0
-    reranker = _reranker(arguments)
-    print(f"Loading {arguments.model}.", flush=True)
-    _ = reranker.loaded  # what is wrong with a model is told here, not on the page
-    ui.serve(reranker, arguments.model, port=arguments.port)
+    if arguments.url is None:
+        arguments.model = arguments.model or _DEFAULT_MODEL
+        reranker = _reranker(arguments)
+        print(f"Loading {arguments.model}.", flush=True)
+        _ = reranker.loaded  # what is wrong with a model is told here, not on the page
+        ui.serve(reranker, arguments.model, port=arguments.port)
+    else:
+        ui.serve(_remote_reranker(arguments), arguments.url, port=arguments.port)
     return 0
+
+
+def _remote_reranker(arguments: argparse.Namespace) -> RemoteReranker:
+    from .remote import RemoteReranker
+
+    of_a_model = ("model", "adapter", "dtype", "device", "template")
+    given = [name for name in of_a_model if getattr(arguments, name) is not None]
+    if given:
+        raise InputError(
+            f"--url takes the scores of a server, which has its own model. Leave out "
+            f"{' and '.join(given)}."
+        )
+    return RemoteReranker(arguments.url, instruction=arguments.instruction)
 
 
 def _reranker(arguments: argparse.Namespace) -> Reranker:

@@ -55,9 +55,7 @@ def examples() -> dict[str, tuple[str, str, str]]:
     }
 
 
-def render_ranking(
-    ranking: Sequence[RankedDocument], *, seconds: float, tokens: int | None
-) -> str:
+def render_ranking(ranking: Sequence[RankedDocument], *, seconds: float, tokens: int | None) -> str:
     """Return a ranking as HTML, with a link that holds its CSV.
 
     Args:

@@ -49,6 +49,7 @@ _THEME = gr.themes.Base(
     button_primary_background_fill_dark="*primary_700",
     button_primary_background_fill_hover_dark="*primary_800",
 )
+_SHUTDOWN_S = 2  # a page that is open keeps its connection, and would keep the process
 _MAX_FILE_SIZE = "8mb"
 _BEGINNING = page.render_message("The ranking appears here.")
 
@@ -161,6 +162,7 @@ def serve(reranker: BaseReranker, name: str, *, port: int) -> None:
             log_config=None,
             access_log=False,
             server_header=False,
+            timeout_graceful_shutdown=_SHUTDOWN_S,
         )
         uvicorn.Server(server).run()
 
