@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: demo test check distributed oldest compat soak coverage mutation gpu clean
+.PHONY: demo test check distributed oldest compat ui soak coverage mutation gpu clean
 
 # The main job on a small model that comes as a package: core, LangChain, LlamaIndex.
 demo: .venv/demo
@@ -32,6 +32,10 @@ oldest: .venv/oldest
 # Other people's rerank clients on our server, our client on llama.cpp, requests drawn at random.
 compat: .venv/test .venv/compat
 	$(BIN)/python -m pytest -q -m slow tests/compat
+
+# The web page in Debian's chromium, driven by playwright-core; docs/ui.png is made again.
+ui: .venv/test .venv/ui
+	UI_SCREENSHOT=$(CURDIR)/docs/ui.png $(BIN)/python -m pytest -q -m "" tests/integration/test_ui.py
 
 # Threads and tasks through all paths at once, for MINUTES.
 MINUTES ?= 30
@@ -80,6 +84,12 @@ COMPAT = import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project
 	$(PYTHON) -m venv $@
 	$(PYTHON) -c '$(COMPAT)' > $@/clients.txt
 	$@/bin/pip install -q --disable-pip-version-check -r $@/clients.txt
+	touch $@
+
+.venv/ui:
+	@chromium --version && node --version && npm --version || \
+		{ echo "make ui needs chromium, node and npm: apt-get install chromium npm"; exit 1; }
+	npm install --silent --prefix $@ playwright-core@1.65.1
 	touch $@
 
 OLDEST = $(shell sed -nE 's/.*"(langchain-core|langchain-classic|llama-index-core)>=([0-9.]+).*/\1==\2/p' pyproject.toml)

@@ -35,8 +35,10 @@ _EXAMPLES = {
     "Ears on a plane": (2, "med-2 med-4 med-3 med-5 med-1"),
     "A musician's key": (5, "db-2 home-1 sport-1 music-4 music-1 music-2 db-1"),
     "A contract": (3, "law-5 law-3 fin-3 law-1 db-3"),
-    "Python": (4, "py-4 sport-1 db-2 py-1 py-6"),
+    "Python": (4, "db-8 sport-1 db-2 py-1 py-6"),
 }
+"""Number of the query and ids of the passages in the demo's corpus; none has a blank line in it."""
+
 _LONG = 320
 """Characters past which a document is folded, about four lines."""
 

@@ -80,10 +80,7 @@ def create_page(reranker: BaseReranker, name: str) -> gr.Blocks:
                     lines=9,
                     max_lines=12,
                 )
-                file = gr.File(
-                    label="File: txt, jsonl or csv",
-                    height=104,
-                )
+                file = gr.File(label="File: txt, jsonl or csv", height=104)
                 button = gr.Button("Rerank", variant="primary")
                 with examples:
                     _choices("Examples", page.examples(), query, instruction, documents)
@@ -95,7 +92,6 @@ def create_page(reranker: BaseReranker, name: str) -> gr.Blocks:
             inputs=[query, instruction, documents, file],
             outputs=ranking,
             api_name="rerank",
-            scroll_to_output=True,
         )
     return blocks
 
@@ -169,8 +165,9 @@ def serve(reranker: BaseReranker, name: str, *, port: int) -> None:
 
 def create_app(reranker: BaseReranker, name: str) -> FastAPI:
     """Return the page as an application that `uvicorn` can run."""
-    return gr.mount_gradio_app(
-        FastAPI(openapi_url=None),
+    app = FastAPI(openapi_url=None)
+    gr.mount_gradio_app(
+        app,
         create_page(reranker, name),
         path="/",
         server_name=HOST,
@@ -182,3 +179,4 @@ def create_app(reranker: BaseReranker, name: str) -> FastAPI:
         theme=_THEME,
         css_paths=page.CSS,
     )
+    return app

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from qwen3_reranker import RankedDocument, page
+from qwen3_reranker.corpus import read_corpus
 from qwen3_reranker.documents import read_documents, split_documents
 from qwen3_reranker.prompt import TEMPLATES
 from qwen3_reranker.results import probability, rank_documents
@@ -144,11 +145,13 @@ def test_message_says_what_is_wrong() -> None:
     assert Page(page.render_message("x")).attributes("role") == ["note"]
 
 
-def test_examples_are_whole_and_split_as_meant() -> None:
+def test_examples_are_split_into_whole_passages() -> None:
+    passages = {passage.text for passage in read_corpus()[0]}
     for query, instruction, documents in page.examples().values():
         assert query.strip()
         assert instruction == instruction.strip()
-        assert 4 < len(split_documents(documents)) < 9
+        assert set(split_documents(documents)) <= passages
+        assert len(split_documents(documents)) >= 5
 
 
 def test_tasks_are_sentences_for_a_prompt() -> None:
