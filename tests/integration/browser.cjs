@@ -6,15 +6,15 @@ const { join } = require("node:path");
 const { chromium } = require("playwright-core");
 
 const [executablePath, url, folder, hostile] = process.argv.slice(2);
-const netLog = join(folder, "net-log.json");
 const DESKTOP = { width: 1280, height: 960 };
 const PHONE = { width: 360, height: 740 };
-const seen = { errors: [], widths: [] };
+const seen = { errors: [], widths: [], asked: [] };
 
 async function open(browser, viewport) {
   const page = await browser.newPage({ viewport });
   page.on("console", (line) => line.type() === "error" && seen.errors.push(line.text()));
   page.on("pageerror", (error) => seen.errors.push(String(error)));
+  page.on("request", (request) => seen.asked.push(request.url()));
   page.on("dialog", (dialog) => seen.errors.push(dialog.message()));
   await page.goto(url);
   await page.getByRole("button", { name: "Rerank" }).waitFor();
@@ -56,6 +56,11 @@ async function atADesk(browser) {
     .locator(".ranking .bar span")
     .evaluateAll((bars) => bars.map((bar) => bar.getBoundingClientRect().width));
   await measure(page);
+  // What a browser may connect to without asking for it, such as a preconnect.
+  seen.links = await page
+    .locator("link, script[src], img, iframe")
+    .evaluateAll((all) => all.map((e) => e.href || e.src).filter((url) => url))
+    .then((urls) => urls.filter((link) => !link.startsWith(url) && !link.startsWith("data:")));
   const download = page.waitForEvent("download");
   await page.getByRole("link", { name: "Download CSV" }).click();
   seen.csv = readFileSync(await (await download).path(), "utf8");
@@ -85,7 +90,7 @@ async function main() {
     executablePath,
     args: [
       "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-      "--disable-component-update", "--disable-sync", `--log-net-log=${netLog}`,
+      "--disable-component-update", "--disable-sync",
     ],
   });
   try {
@@ -94,9 +99,8 @@ async function main() {
   } finally {
     await browser.close();
   }
-  // Every address that Chromium opened or looked up, whatever asked for it.
-  const hosts = readFileSync(netLog, "utf8").matchAll(/"(?:host|url)":"(?:https?:\/\/)?([^"\/]*)/g);
-  seen.hosts = [...new Set([...hosts].map(([, host]) => host))];
+  const hosts = seen.asked.map((url) => new URL(url)).filter(({ protocol }) => protocol !== "data:");
+  seen.asked = [...new Set(hosts.map(({ origin }) => `${origin}/`))];
   console.log(JSON.stringify(seen));
 }
 

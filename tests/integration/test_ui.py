@@ -201,7 +201,8 @@ def test_page_in_a_browser(tmp_path: Path) -> None:
     assert "bad.jsonl has 1 fault" in seen["fault"]
     assert seen["labels"] == ["Query", "Instruction", "Documents"]
     assert seen["errors"] == []
-    assert seen["hosts"] == [re.sub("^http://", "", served.url)]
+    assert seen["asked"] == [f"{served.url}/"]
+    assert seen["links"] == []
     for width, widest in seen["widths"]:
         assert widest <= width
 
