@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: demo test check distributed oldest compat soak coverage mutation docs gpu clean
+.PHONY: demo test check distributed oldest compat ui soak coverage mutation docs gpu clean
 
 # The main job on a small model that comes as a package: core, LangChain, LlamaIndex.
 demo: .venv/demo
@@ -33,6 +33,10 @@ oldest: .venv/oldest
 # at random.
 compat: .venv/test .venv/compat
 	$(BIN)/python -m pytest -q -m slow tests/compat
+
+# The web page in Debian's chromium, driven by playwright-core; docs/ui.png is made again.
+ui: .venv/test .venv/ui
+	UI_SCREENSHOT=$(CURDIR)/docs/ui.png $(BIN)/python -m pytest -q -m "" tests/integration/test_ui.py
 
 # Threads and tasks through all paths at once, for MINUTES.
 MINUTES ?= 30
@@ -87,6 +91,12 @@ EXTRA = import sys, tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["pro
 	$(PYTHON) -m venv $@
 	$(PYTHON) -c '$(EXTRA)' $(notdir $@) > $@/named.txt
 	$@/bin/pip install -q --disable-pip-version-check -r $@/named.txt
+	touch $@
+
+.venv/ui:
+	@chromium --version && node --version && npm --version || \
+		{ echo "make ui needs chromium, node and npm: apt-get install chromium npm"; exit 1; }
+	npm install --silent --prefix $@ playwright-core@1.65.1
 	touch $@
 
 OLDEST = $(shell sed -nE 's/.*"(langchain-core|langchain-classic|llama-index-core)>=([0-9.]+).*/\1==\2/p' pyproject.toml)

@@ -16,15 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .candidates import CandidateList, ndcg_at_10, read_candidates
+from .documents import read_documents
 from .embedded import EMBEDDED
 from .errors import InputError, MissingExtraError, Qwen3RerankerError
 from .inputs import DTYPES
-from .jsonl import STDIN, parse_rows, read_lines
+from .jsonl import STDIN
 from .prompt import TEMPLATES
 from .results import RankedDocument, cut_ranking
 from .terminal import WIDTH, fit
 
 if TYPE_CHECKING:
+    from .remote import RemoteReranker
     from .reranker import Reranker
 
 _DEFAULT_MODEL = "Qwen/Qwen3-Reranker-0.6B"
@@ -99,6 +101,18 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--api-key-file", metavar="FILE", help="file with the key of clients")
     _add_reranker_options(serve)
     serve.set_defaults(run=_serve)
+
+    ui = commands.add_parser(
+        "ui",
+        help="rank documents on a web page",
+        description="Rank documents on a web page that this machine alone can open. --url takes "
+        "the scores from a server; its API key is taken from QWEN3_RERANKER_API_KEY.",
+    )
+    ui.add_argument("model", nargs="?", help=f"default: {_DEFAULT_MODEL}")
+    ui.add_argument("--url", help="address of a rerank server, in place of a model")
+    ui.add_argument("--port", type=int, default=7860, help="default: %(default)s")
+    _add_reranker_options(ui)
+    ui.set_defaults(run=_ui)
 
     doctor = commands.add_parser(
         "doctor",
@@ -184,7 +198,7 @@ def _candidate_lists(arguments: argparse.Namespace) -> list[CandidateList]:
     if source is None and not texts and sys.stdin is not None and not sys.stdin.isatty():
         source = STDIN
     if source is not None:
-        for name, text in _read_documents(source):
+        for name, text in read_documents(source):
             ids.append(name)
             texts.append(text)
     if not texts:
@@ -193,18 +207,6 @@ def _candidate_lists(arguments: argparse.Namespace) -> list[CandidateList]:
             "standard input."
         )
     return [CandidateList("query", arguments.query, None, ids, texts, None, [])]
-
-
-def _read_documents(path: str) -> list[tuple[str, str]]:
-    if not path.removesuffix(".gz").removesuffix(".xz").endswith(".jsonl"):
-        return [(str(line), text) for line, text in read_lines(path)]
-    return parse_rows(path, _parse_document)
-
-
-def _parse_document(row: dict[str, Any], line: int) -> tuple[str, str]:
-    if not isinstance(row.get("text"), str):
-        raise ValueError("must have a string 'text'")
-    return str(line if row.get("id") is None else row["id"]), row["text"]
 
 
 def _as_json(candidates: CandidateList, ranking: list[RankedDocument]) -> dict[str, Any]:
@@ -283,6 +285,38 @@ def _serve(arguments: argparse.Namespace) -> int:
         api_key_file=arguments.api_key_file,
     )
     return 0
+
+
+def _ui(arguments: argparse.Namespace) -> int:
+    try:
+        from . import ui
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"the page needs {error.name}, which is not installed. Run: "
+            'pip install "qwen3-reranker[ui]"'
+        ) from error
+    if arguments.url is None:
+        arguments.model = arguments.model or _DEFAULT_MODEL
+        reranker = _reranker(arguments)
+        print(f"Loading {arguments.model}.", flush=True)
+        _ = reranker.loaded  # what is wrong with a model is told here, not on the page
+        ui.serve(reranker, arguments.model, port=arguments.port)
+    else:
+        ui.serve(_remote_reranker(arguments), arguments.url, port=arguments.port)
+    return 0
+
+
+def _remote_reranker(arguments: argparse.Namespace) -> RemoteReranker:
+    from .remote import RemoteReranker
+
+    of_a_model = ("model", "adapter", "dtype", "device", "template")
+    given = [name for name in of_a_model if getattr(arguments, name) is not None]
+    if given:
+        raise InputError(
+            f"--url takes the scores of a server, which has its own model. Leave out "
+            f"{' and '.join(given)}."
+        )
+    return RemoteReranker(arguments.url, instruction=arguments.instruction)
 
 
 def _reranker(arguments: argparse.Namespace) -> Reranker:

@@ -36,7 +36,8 @@ from qwen3_reranker import (
     Reranker,
     Scorer,
 )
-from qwen3_reranker.demo import LangChainEmbedding, LlamaIndexEmbedding, read_corpus
+from qwen3_reranker.corpus import read_corpus
+from qwen3_reranker.demo import LangChainEmbedding, LlamaIndexEmbedding
 from qwen3_reranker.integration import scorer_of
 from tests.fakes import FakeModel, forbid_loading, loaded, replace_load_model
 

@@ -62,6 +62,8 @@ def test_command_runs(
         )
     if command.startswith("qwen3-reranker serve"):
         pytest.skip("runs below, with the clients shown")
+    if command.startswith("qwen3-reranker ui"):
+        pytest.skip("runs in test_ui.py, with a browser")
     if "--adapter" in command:
         pytest.skip("runs with the fine-tuning commands below")
     arguments = shlex.split(command.replace(MODEL, str(checkpoint())))[1:]
@@ -104,7 +106,7 @@ def test_server_answers_the_clients_shown(checkpoint: Callable[..., Path]) -> No
 
 def test_readme_shows_what_this_file_runs() -> None:
     assert (len(BLOCKS), len(SERVER_BLOCKS), len(CURL_COMMANDS)) == (4, 1, 1)
-    assert len(COMMANDS) == 7
+    assert len(COMMANDS) == 9
     assert len(FINETUNE_COMMANDS) == 3
 
 
