@@ -1,6 +1,6 @@
-"""Candidate lists of a first stage, and how well an order of them is.
+"""Documents, candidate lists of a first stage, and how well an order of them is.
 
-Decides what a retrieval file means and how nDCG@10 is counted. Knows nothing of models.
+Decides what a file of either means and how nDCG@10 is counted. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -10,7 +10,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .jsonl import parse_rows
+from .jsonl import parse_rows, read_lines
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One document of a file.
+
+    Attributes:
+        id: Its name, or its line number.
+        text: What it says.
+        title: Its title; empty where it has none.
+    """
+
+    id: str
+    text: str
+    title: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +49,19 @@ class CandidateList:
     texts: list[str]
     labels: list[int] | None
     missing_labels: list[int]
+
+
+def read_documents(path: str) -> list[Document]:
+    """Read a text file, a document per line, or JSON lines of `{"text", "id"?, "title"?}`.
+
+    `_id`, BEIR's name for it, is an id too. The file may end in .gz or .xz.
+
+    Raises:
+        DataError: With every fault of the file, by line.
+    """
+    if not path.removesuffix(".gz").removesuffix(".xz").endswith(".jsonl"):
+        return [Document(str(line), text) for line, text in read_lines(path)]
+    return parse_rows(path, _parse_document)
 
 
 def read_candidates(path: str) -> list[CandidateList]:
@@ -68,6 +96,16 @@ def ndcg_at_10(
 
 def _dcg(gains: Sequence[int]) -> float:
     return sum(gain / math.log2(rank + 2) for rank, gain in enumerate(gains[:10]))
+
+
+def _parse_document(row: dict[str, Any], line: int) -> Document:
+    if not isinstance(row.get("text"), str):
+        raise ValueError("must have a string 'text'")
+    title = row.get("title")
+    if title is not None and not isinstance(title, str):
+        raise ValueError(f"'title' must be a string, got {type(title).__name__}")
+    id = row.get("id") if row.get("_id") is None else row["_id"]
+    return Document(_name(id, line), row["text"], title or "")
 
 
 def _parse(row: dict[str, Any], line: int) -> CandidateList:

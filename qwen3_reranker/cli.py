@@ -15,11 +15,11 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .candidates import CandidateList, ndcg_at_10, read_candidates
+from .candidates import CandidateList, ndcg_at_10, read_candidates, read_documents
 from .embedded import EMBEDDED
 from .errors import InputError, MissingExtraError, Qwen3RerankerError
 from .inputs import DTYPES
-from .jsonl import STDIN, parse_rows, read_lines
+from .jsonl import STDIN
 from .prompt import TEMPLATES
 from .results import RankedDocument, cut_ranking
 from .terminal import WIDTH, fit
@@ -184,27 +184,15 @@ def _candidate_lists(arguments: argparse.Namespace) -> list[CandidateList]:
     if source is None and not texts and sys.stdin is not None and not sys.stdin.isatty():
         source = STDIN
     if source is not None:
-        for name, text in _read_documents(source):
-            ids.append(name)
-            texts.append(text)
+        for document in read_documents(source):
+            ids.append(document.id)
+            texts.append(document.text)
     if not texts:
         raise InputError(
             "there are no documents. Pass them as arguments, with --documents FILE, or on "
             "standard input."
         )
     return [CandidateList("query", arguments.query, None, ids, texts, None, [])]
-
-
-def _read_documents(path: str) -> list[tuple[str, str]]:
-    if not path.removesuffix(".gz").removesuffix(".xz").endswith(".jsonl"):
-        return [(str(line), text) for line, text in read_lines(path)]
-    return parse_rows(path, _parse_document)
-
-
-def _parse_document(row: dict[str, Any], line: int) -> tuple[str, str]:
-    if not isinstance(row.get("text"), str):
-        raise ValueError("must have a string 'text'")
-    return str(line if row.get("id") is None else row["id"]), row["text"]
 
 
 def _as_json(candidates: CandidateList, ranking: list[RankedDocument]) -> dict[str, Any]:
