@@ -211,21 +211,24 @@ def _teacher(arguments: argparse.Namespace) -> Iterator[Judge | None]:
         device=arguments.device,
         max_length=arguments.max_length,
     ) as reranker:
+        yield judge_with(reranker)
 
-        def judge(
-            groups: Sequence[TrainingGroup], documents: Sequence[Sequence[str]]
-        ) -> list[list[float]]:
-            rankings = reranker.rank_many(
-                [group.query for group in groups],
-                documents,
-                instruction=[group.instruction for group in groups],
-            )
-            return [
-                [each.log_odds for each in sorted(ranking, key=lambda each: each.index)]
-                for ranking in rankings
-            ]
 
-        yield judge
+def judge_with(reranker: Reranker) -> Judge:
+    """Return what a reranker makes of documents, under the instruction of each group."""
+
+    def judge(
+        groups: Sequence[TrainingGroup], documents: Sequence[Sequence[str]]
+    ) -> list[list[float]]:
+        rankings = reranker.rank_many(
+            [group.query for group in groups],
+            documents,
+            instruction=[group.instruction for group in groups],
+        )
+        by_place = [sorted(ranking, key=lambda each: each.index) for ranking in rankings]
+        return [[each.log_odds for each in ranking] for ranking in by_place]
+
+    return judge
 
 
 def mine(
@@ -295,11 +298,11 @@ def _summary(
     if positives:
         refused = sum(score < 0 for score in positives)
         yield f"The teacher says no to {refused} of {len(positives)} positives of these rows"
-    without = len(results) - len(rows)
-    if without:
-        yield f"{without} rows have no negative and were left out"
-    if num_without_positive:
-        yield f"{num_without_positive} queries have no positive and were left out"
+    for kind, count in (
+        ("negative", len(results) - len(rows)), ("positive", num_without_positive)
+    ):  # fmt: skip
+        if count:
+            yield f"Left out for want of a {kind}: {count} of the rows"
 
 
 def _count_whole_lines(file: Path) -> int:

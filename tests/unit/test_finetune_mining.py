@@ -331,7 +331,7 @@ def test_rows_left_without_negative_are_left_out_and_named(
     left_out = [line["row"] for line in map(json.loads, review) if line["reason"] == LEFT_OUT]
     assert left_out == [1, 3]
     out = capsys.readouterr().out
-    assert "2 rows have no negative" in out
+    assert "Left out for want of a negative: 2 of the rows" in out
     assert "WARNING: most positives are no passages" in out
 
 
