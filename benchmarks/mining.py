@@ -101,9 +101,9 @@ def print_planted(name: str, lists: list[CandidateList], teacher: Served, output
                 for wanted in (True, False)
             )
             for i, planted in enumerate(positives):
-                lowest = min(positives[:i] + positives[i + 1 :])
-                recalls.append((each.query_id, filter.reason(planted, lowest) is not None))
-                alarms += [(each.query_id, filter.reason(s, lowest) is not None) for s in negatives]
+                shown = positives[:i] + positives[i + 1 :]
+                recalls.append((each.query_id, filter.reason(planted, shown) is not None))
+                alarms += [(each.query_id, filter.reason(s, shown) is not None) for s in negatives]
         print(f"| {margin:g} | {by_list(recalls):.2f} | {by_list(alarms):.2f} |", flush=True)
 
 

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = Path(arguments.output_file)
     review = output.with_name(f"{output.stem}.dropped.jsonl")
     work = output.with_name(f"{output.name}.work")
-    _check_paths(arguments.corpus, output, review, work)
+    _check_paths(arguments.corpus, output, work)
     require(arguments.retriever)
     file = read_training_file(
         arguments.train_file, instruction=arguments.instruction, needs_negatives=False
@@ -90,7 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--teacher", help='reranker that filters: Hub name, folder or "embedded"')
     add("--teacher_adapter", help="LoRA weights of the teacher")
     add("--margin", type=float,
-        help="drop candidates less than this many log-odds below the row's lowest positive; "
+        help="drop candidates less than this many log-odds below the median "
+        "of the row's positives; "
         f"default: {default.margin:g}")  # fmt: skip
     add("--max_log_odds", type=float, help="drop candidates with more, too")
     add("--instruction", help="task sentence of rows that have none")
@@ -119,7 +120,7 @@ def _mining(arguments: argparse.Namespace) -> Mining:
     return Mining(**{name: value for name, value in given.items() if value is not None})
 
 
-def _check_paths(corpus: str, output: Path, review: Path, work: Path) -> None:
+def _check_paths(corpus: str, output: Path, work: Path) -> None:
     if not Path(corpus).is_file():
         raise DataError(f"{corpus} is not a file, so a run could not go on with it. Pass a file.")
     if output.suffix != ".jsonl":
@@ -127,9 +128,8 @@ def _check_paths(corpus: str, output: Path, review: Path, work: Path) -> None:
             f"--output_file must end in .jsonl, got '{output}'. Training files are read by their "
             "ending; compress it afterwards."
         )
-    for file in (output, review):
-        if file.exists() and not work.exists():  # with it, a run was killed while it finished
-            raise InputError(f"'{file}' exists already. Name another --output_file, or move it.")
+    if output.exists() and not work.exists():  # with it, a run was killed while it finished
+        raise InputError(f"'{output}' exists already. Name another --output_file, or move it.")
 
 
 def _identity(arguments: argparse.Namespace, sha256: str) -> dict[str, Any]:
@@ -262,16 +262,16 @@ def _finish(work: Path, output: Path, review: Path, num_without_positive: int) -
         results = [each for line in file for each in json.loads(line)]
     rows = [each["row"] for each in results if each["row"] is not None]
     dropped = [line for each in results for line in each["review"]]
+    _write(review, "".join(map(_as_line, dropped)))
     if not rows:
+        shutil.rmtree(work)
         raise DataError(
-            "no row has a negative, so there is nothing to train on. Raise --depth, lower "
-            f"--margin, or see what the teacher made of the candidates in '{work}'."
+            f"no row has a negative, so there is nothing to train on. '{review}' says what was "
+            "dropped and why. Raise --depth or lower --margin."
         )
     finished = work / output.name
     _write(finished, "".join(map(_as_line, rows)))
     read_training_file(str(finished))  # what training would refuse is refused here
-    _write(work / review.name, "".join(map(_as_line, dropped)))
-    os.replace(work / review.name, review)
     os.replace(finished, output)
     shutil.rmtree(work)
     yield from _summary(results, dropped, num_without_positive)

@@ -12,6 +12,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any, TypeAlias
 
 from qwen3_reranker.errors import InputError
@@ -22,7 +23,7 @@ from .retrieval import Corpus, Rankings
 Judge: TypeAlias = Callable[[Sequence[TrainingGroup], Sequence[Sequence[str]]], list[list[float]]]
 """From queries and documents of each to log-odds, aligned: what a teacher is here."""
 
-NEAR = "within the margin of a positive"
+NEAR = "within the margin of the positives"
 HIGH = "above max_log_odds"
 LEFT_OUT = "the row has no negative and was left out"
 
@@ -35,10 +36,10 @@ class Mining:
         num_negatives: Negatives that a row gets, at most, beside those it has.
         skip_top: First ranks that are never taken.
         depth: Last rank that is.
-        margin: A candidate is dropped if its log-odds are not at least this much below those of
-            the row's lowest positive. Of several positives the lowest, because each was judged
-            relevant: what the teacher finds as good as any of them may be relevant too, and a
-            negative lost costs less than one that is wrong.
+        margin: A candidate is dropped if its log-odds are not at least this much below the median
+            of the row's positives. The lowest would let one positive that the teacher does not
+            understand drop nearly everything, and the highest would let in what is as good as
+            most (`benchmarks.mining` has figures).
         max_log_odds: A candidate with more is dropped in any case; None for no such limit.
         seed: Decides with the row's position which candidates are tried first.
 
@@ -74,11 +75,18 @@ class Mining:
                 "the teacher puts above a positive."
             )
 
-    def reason(self, log_odds: float, lowest: float) -> str | None:
-        """Return why a candidate is dropped, given the log-odds of the lowest positive, or None."""
+    def reason(self, log_odds: float, positives: Sequence[float]) -> str | None:
+        """Return why a candidate is dropped, given its log-odds and the positives', or None.
+
+        Example:
+            >>> Mining(margin=1).reason(3.5, [-2.0, 4.0, 9.0])
+            'within the margin of the positives'
+            >>> Mining(margin=1).reason(3.0, [-2.0, 4.0, 9.0]) is None
+            True
+        """
         if self.max_log_odds is not None and log_odds > self.max_log_odds:
             return HIGH
-        return NEAR if log_odds > lowest - self.margin else None
+        return NEAR if log_odds > median(positives) - self.margin else None
 
 
 @dataclass(slots=True)
@@ -170,15 +178,15 @@ def _sort_out(
     corpus: Corpus,
     mining: Mining,
 ) -> None:
-    lowest = min(search.scores[: len(search.group.positive)], default=math.inf)
+    positives = search.scores[: len(search.group.positive)] or [math.inf]
     for (rank, place), log_odds in zip(drawn, scores, strict=True):
-        reason = mining.reason(log_odds, lowest)
+        reason = mining.reason(log_odds, positives)
         if reason is None:
             search.kept.append((place, log_odds))
         else:
             line = search.about(
                 id=corpus.documents[place].id, document=corpus.text(place), rank=rank,
-                reason=reason, log_odds=log_odds, lowest_positive=lowest,
+                reason=reason, log_odds=log_odds, positives=positives,
             )  # fmt: skip
             search.dropped.append(line)
 

@@ -194,7 +194,17 @@ def found_by(
     return kept, {line["document"]: line["reason"] for line in search.dropped}
 
 
-SCORES = {"p": 4.0, "high": 9.0, "a": 5.0, "b": 4.0, "c": 3.001, "d": 3.0, "e": 1.0, "f": -7.0}
+SCORES = {
+    "p": 4.0,
+    "high": 9.0,
+    "low": -8.0,
+    "a": 5.0,
+    "b": 4.0,
+    "c": 3.001,
+    "d": 3.0,
+    "e": 1.0,
+    "f": -7.0,
+}
 
 
 def test_what_comes_within_the_margin_of_the_positive_is_dropped() -> None:
@@ -203,9 +213,10 @@ def test_what_comes_within_the_margin_of_the_positive_is_dropped() -> None:
     assert found_by(SCORES, ["p"], margin=3.5)[0] == set("f")
 
 
-def test_of_several_positives_the_lowest_counts() -> None:
-    assert found_by(SCORES, ["high", "p"]) == found_by(SCORES, ["p"])
-    assert found_by(SCORES, ["high"])[0] == set("abcdef")
+def test_of_several_positives_the_median_counts() -> None:
+    assert found_by(SCORES, ["high", "low", "p"]) == found_by(SCORES, ["p"])
+    assert found_by(SCORES, ["high", "p"], margin=1.5)[0] == set("abcdef")
+    assert found_by(SCORES, ["high", "p"], margin=1.6)[0] == set("bcdef")
 
 
 def test_what_is_above_the_limit_is_dropped_however_good_the_positive_is() -> None:
@@ -314,7 +325,7 @@ def test_rows_in_every_layout_keep_negatives_and_instruction_and_get_scores(
         assert dropped.pop("rank") in range(1, 6)
         assert dropped == {
             "row": 1, "query": "tea", "instruction": "I", "id": "5", "document": "tea time",
-            "reason": NEAR, "log_odds": 8.0, "lowest_positive": 9.0,
+            "reason": NEAR, "log_odds": 8.0, "positives": [9.0],
         }  # fmt: skip
     assert "No teacher" not in capsys.readouterr().out
 
@@ -335,14 +346,15 @@ def test_rows_left_without_negative_are_left_out_and_named(
     assert "WARNING: most positives are no passages" in out
 
 
-def test_nothing_found_is_an_error_and_stays_to_be_seen(
+def test_nothing_found_is_an_error_and_can_be_tried_again(
     tmp_path: Path, teach: Callable[[Judge], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     teach(by_length)
     assert main(files(tmp_path, [ROW], TEXTS, "--teacher", "fake", "--margin", "99")) == 2
     assert "no row has a negative" in capsys.readouterr().err
-    assert (tmp_path / "mined.jsonl.work" / "pieces.jsonl").is_file()
+    assert (tmp_path / "mined.dropped.jsonl").read_text().count(NEAR) == 4
     assert not (tmp_path / "mined.jsonl").exists()
+    assert main(files(tmp_path, [ROW], TEXTS, "--teacher", "fake", "--margin", "0")) == 0
 
 
 MANY_ROWS = [{"query": f"tea {i}", "positive": [f"green tea {i}"]} for i in range(40)]
