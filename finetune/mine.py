@@ -26,7 +26,7 @@ from qwen3_reranker.errors import DataError, InputError
 from qwen3_reranker.inputs import DTYPES
 
 from .data import TrainingGroup, normalised, read_training_file
-from .negatives import HIGH, NEAR, Judge, Mining, Search, candidates, find_negatives, result
+from .negatives import HIGH, NEAR, Judge, Mining, Pending, candidates, find_negatives, result
 from .retrieval import BM25, Corpus, Rankings, read_corpus, require, search
 
 PIECE = 16
@@ -56,13 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     corpus = read_corpus(arguments.corpus, positives)
     _open_work(work, _identity(arguments, file.sha256))
     for line in _describe(arguments, file.groups, positives, corpus):
-        print(line)
+        print(line, flush=True)
     rankings = _first_stage(arguments, corpus, file.groups, work)
-    searches = candidates(file.groups, corpus, rankings, mining)
+    pending = candidates(file.groups, corpus, rankings, mining)
     with _teacher(arguments) as judge:
-        mine(searches, corpus, mining, judge, work)
-    for line in _finish(work, output, review, len(file.groups) - len(searches)):
-        print(line)
+        mine(pending, corpus, mining, judge, work)
+    for line in _finish(work, output, review, len(file.groups) - len(pending)):
+        print(line, flush=True)
     return 0
 
 
@@ -186,6 +186,8 @@ def _describe(
             "No teacher: nothing is filtered, and relevant passages that nobody labelled become "
             "negatives. Pass --teacher MODEL, or leave out the first ranks with --skip_top."
         )
+        if any(group.scores for group in groups):
+            yield "Scores of the rows are left out: mined negatives have none without a teacher."
 
 
 def _first_stage(
@@ -232,7 +234,7 @@ def judge_with(reranker: Reranker) -> Judge:
 
 
 def mine(
-    searches: Sequence[Search], corpus: Corpus, mining: Mining, judge: Judge | None, work: Path
+    pending: Sequence[Pending], corpus: Corpus, mining: Mining, judge: Judge | None, work: Path
 ) -> None:
     """Find the negatives of each row and write them to the folder, a piece at a time.
 
@@ -244,20 +246,20 @@ def mine(
     with (
         done.open("a", encoding="utf-8") as file,
         tqdm(
-            total=len(searches), initial=min(num_done, len(searches)), desc="Mining",
+            total=len(pending), initial=min(num_done, len(pending)), desc="Mining",
             unit=" rows", leave=False, disable=None,
         ) as bar,
     ):  # fmt: skip
-        for start in range(num_done, len(searches), PIECE):
-            piece = searches[start : start + PIECE]
+        for start in range(num_done, len(pending), PIECE):
+            piece = pending[start : start + PIECE]
             find_negatives(piece, corpus, mining, judge)
             file.write(_as_line([result(each, corpus) for each in piece]))
             file.flush()
             bar.update(len(piece))
 
 
-def _finish(work: Path, output: Path, review: Path, num_without_positive: int) -> Iterator[str]:
-    """Write both files, remove the folder, and say what was found."""
+def _finish(work: Path, output: Path, review: Path, num_without_positive: int) -> list[str]:
+    """Write both files, remove the folder, and return what is to be said."""
     with (work / "pieces.jsonl").open(encoding="utf-8") as file:
         results = [each for line in file for each in json.loads(line)]
     rows = [each["row"] for each in results if each["row"] is not None]
@@ -274,12 +276,12 @@ def _finish(work: Path, output: Path, review: Path, num_without_positive: int) -
     read_training_file(str(finished))  # what training would refuse is refused here
     os.replace(finished, output)
     shutil.rmtree(work)
-    yield from _summary(results, dropped, num_without_positive)
-    yield f"Written: {output}, and what was dropped: {review}"
-    yield (
+    return [
+        *_summary(results, dropped, num_without_positive),
+        f"Written: {output}, and what was dropped: {review}",
         "qwen3-finetune train --model_name_or_path Qwen/Qwen3-Reranker-0.6B "
-        f"--train_file {shlex.quote(str(output))}"
-    )
+        f"--train_file {shlex.quote(str(output))}",
+    ]
 
 
 def _summary(
@@ -292,7 +294,7 @@ def _summary(
     )
     reasons = Counter(line["reason"] for line in dropped)
     tried = sum(each["num_tried"] for each in results)
-    yield (f"{tried} candidates tried, dropped {reasons[NEAR]} {NEAR} and {reasons[HIGH]} {HIGH}")
+    yield f"{tried} candidates tried, dropped {reasons[NEAR]} {NEAR} and {reasons[HIGH]} {HIGH}"
     rows = [each["row"] for each in results if each["row"] is not None]
     positives = [score for row in rows if "scores" in row for score in row["scores"]["positive"]]
     if positives:

@@ -90,7 +90,7 @@ class Mining:
 
 
 @dataclass(slots=True)
-class Search:
+class Pending:
     """A row while its negatives are sought.
 
     Attributes:
@@ -125,7 +125,7 @@ class Search:
 
 def candidates(
     groups: Sequence[TrainingGroup], corpus: Corpus, rankings: Rankings, mining: Mining
-) -> list[Search]:
+) -> list[Pending]:
     """Return what may be a negative of each row that has a positive, in the order of trial.
 
     Left out are the query itself, the row's own negatives, which it has already, and the positives
@@ -135,7 +135,7 @@ def candidates(
     for group in groups:
         of_query = known.setdefault(normalised(group.query), {normalised(group.query)})
         of_query.update(map(normalised, group.positive))
-    searches = []
+    pending = []
     for i, (group, ranking) in enumerate(zip(groups, rankings, strict=True)):
         taken = known[normalised(group.query)] | set(map(normalised, group.negative))
         window = list(enumerate(ranking, 1))[mining.skip_top : mining.depth]
@@ -143,20 +143,20 @@ def candidates(
         # Of strings, random.Random makes the same seed in every process.
         random.Random(f"{mining.seed} {i}").shuffle(untried)  # noqa: S311
         if group.positive:  # labelled pairs may have none, and then nothing to compare with
-            searches.append(Search(i + 1, group, untried))
-    return searches
+            pending.append(Pending(i + 1, group, untried))
+    return pending
 
 
 def find_negatives(
-    searches: Sequence[Search], corpus: Corpus, mining: Mining, judge: Judge | None
+    pending: Sequence[Pending], corpus: Corpus, mining: Mining, judge: Judge | None
 ) -> None:
     """Try candidates until each row has its negatives or none are left; none is scored in vain."""
     if judge is not None:
-        groups = [each.group for each in searches]
+        groups = [each.group for each in pending]
         own = judge(groups, [[*group.positive, *group.negative] for group in groups])
-        for each, scores in zip(searches, own, strict=True):
+        for each, scores in zip(pending, own, strict=True):
             each.scores = _rounded(scores)
-    waiting = list(searches)
+    waiting = list(pending)
     while waiting:
         drawn = [each.draw(mining.num_negatives - len(each.kept)) for each in waiting]
         if judge is None:
@@ -172,44 +172,44 @@ def find_negatives(
 
 
 def _sort_out(
-    search: Search,
+    one: Pending,
     drawn: Sequence[tuple[int, int]],
     scores: Sequence[float],
     corpus: Corpus,
     mining: Mining,
 ) -> None:
-    positives = search.scores[: len(search.group.positive)] or [math.inf]
+    positives = one.scores[: len(one.group.positive)] or [math.inf]
     for (rank, place), log_odds in zip(drawn, scores, strict=True):
         reason = mining.reason(log_odds, positives)
         if reason is None:
-            search.kept.append((place, log_odds))
+            one.kept.append((place, log_odds))
         else:
-            line = search.about(
+            line = one.about(
                 id=corpus.documents[place].id, document=corpus.text(place), rank=rank,
                 reason=reason, log_odds=log_odds, positives=positives,
             )  # fmt: skip
-            search.dropped.append(line)
+            one.dropped.append(line)
 
 
-def result(search: Search, corpus: Corpus) -> dict[str, Any]:
+def result(one: Pending, corpus: Corpus) -> dict[str, Any]:
     """Return a row's line of the training file, if it has one, and its lines of the review file."""
-    group = search.group
-    negatives = [*group.negative, *(corpus.text(place) for place, _ in search.kept)]
+    group = one.group
+    negatives = [*group.negative, *(corpus.text(place) for place, _ in one.kept)]
     row: dict[str, Any] = {"query": group.query, "positive": group.positive, "negative": negatives}
     if group.instruction is not None:
         row["instruction"] = group.instruction
-    if search.scores:
+    if one.scores:
         count = len(group.positive)
-        of_negatives = [*search.scores[count:], *(log_odds for _, log_odds in search.kept)]
-        row["scores"] = {"positive": search.scores[:count], "negative": of_negatives}
-    review = list(search.dropped)
+        of_negatives = [*one.scores[count:], *(log_odds for _, log_odds in one.kept)]
+        row["scores"] = {"positive": one.scores[:count], "negative": of_negatives}
+    review = list(one.dropped)
     if not negatives:
-        review.append(search.about(reason=LEFT_OUT))
+        review.append(one.about(reason=LEFT_OUT))
     return {
         "row": row if negatives else None,
         "review": review,
-        "num_tried": search.num_tried,
-        "num_kept": len(search.kept),
+        "num_tried": one.num_tried,
+        "num_kept": len(one.kept),
     }
 
 

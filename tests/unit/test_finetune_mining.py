@@ -330,6 +330,16 @@ def test_rows_in_every_layout_keep_negatives_and_instruction_and_get_scores(
     assert "No teacher" not in capsys.readouterr().out
 
 
+def test_scores_that_would_no_longer_fit_are_left_out_and_the_output_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = {"positive": [2.0], "negative": [1.0]}
+    assert main(files(tmp_path, [{**ROW, "negative": ["hot tea"], "scores": scores}], TEXTS)) == 0
+    assert "Scores of the rows are left out" in capsys.readouterr().out
+    (row,) = read_training_file(str(tmp_path / "mined.jsonl")).groups
+    assert row.scores is None
+
+
 def test_rows_left_without_negative_are_left_out_and_named(
     tmp_path: Path, teach: Callable[[Judge], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -392,7 +402,7 @@ def test_half_a_line_of_a_killed_run_is_computed_again(
     arguments = files(tmp_path, MANY_ROWS, MANY_TEXTS, "--teacher", "fake")
     teach(by_length)
     with monkeypatch.context() as patch:
-        patch.setattr(command, "_finish", lambda *_: iter(()))  # killed before it
+        patch.setattr(command, "_finish", lambda *_: [])  # killed before it
         assert main(arguments) == 0
     pieces = tmp_path / "mined.jsonl.work" / "pieces.jsonl"
     whole = pieces.read_bytes()
@@ -406,7 +416,7 @@ def test_half_a_line_of_a_killed_run_is_computed_again(
 
     teach(counting)
     with monkeypatch.context() as patch:
-        patch.setattr(command, "_finish", lambda *_: iter(()))
+        patch.setattr(command, "_finish", lambda *_: [])
         assert main(arguments) == 0
     assert pieces.read_bytes() == whole
     assert 0 < len(scored) < 40, "whole pieces are not scored again"
