@@ -16,6 +16,7 @@ from finetune.cli import main
 from finetune.data import TrainingGroup, normalised, read_training_file
 from finetune.negatives import HIGH, LEFT_OUT, NEAR, Judge, Mining, candidates, find_negatives
 from finetune.retrieval import BM25, Corpus, query_prompt, read_corpus, search, unite, words
+from qwen3_reranker import DataError
 from qwen3_reranker.candidates import Document
 
 
@@ -34,6 +35,33 @@ def write(file: Path, *rows: Any) -> str:
     lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
     file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return str(file)
+
+
+# Rows.
+
+ANSWER = [{"role": "assistant", "content": "yes"}]
+
+
+@pytest.mark.parametrize("none", [{}, {"key": []}, {"key": None}], ids=["absent", "empty", "null"])
+@pytest.mark.parametrize(
+    ("row", "key"),
+    [({"query": "q", "positive": ["yes"]}, "negative"),
+     ({"query": "q", "pos": ["yes"]}, "neg"),
+     ({"messages": [{"role": "user", "content": "q"}], "positive_messages": [ANSWER]},
+      "negative_messages")],
+    ids=["ours", "FlagEmbedding", "ms-swift"],
+)  # fmt: skip
+def test_rows_without_negatives_are_read_where_none_are_needed(
+    tmp_path: Path, row: dict[str, Any], key: str, none: dict[str, Any]
+) -> None:
+    path = write(tmp_path / "rows.jsonl", row | {key: value for value in none.values()})
+    expected = [TrainingGroup("q", ["yes"], [], None)]
+    assert read_training_file(path, needs_negatives=False).groups == expected
+    with pytest.raises(DataError, match=f"'{key}' must be a list of at least one"):
+        read_training_file(path)
+    wrong = write(tmp_path / "wrong.jsonl", row | {key: "no"})
+    with pytest.raises(DataError, match=f"'{key}' must be a list of at least one"):
+        read_training_file(wrong, needs_negatives=False)
 
 
 # A corpus.
