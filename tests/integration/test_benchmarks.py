@@ -92,22 +92,25 @@ def test_server_load_prints_and_stores_every_concurrency(
 
 @pytest.mark.slow  # two trainings
 def test_mining_benchmark_plants_mines_and_trains(
-    checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     documents = [document for _, document in texts.ordinary_pairs(40)]
     candidates = [{"text": text, "label": int(i < 2)} for i, text in enumerate(documents[:6])]
-    rows = {name: {"query": "the city", "candidates": candidates} for name in mining.SETS}
-    rows["med_en.train"] = {"query": "the river", "positive": documents[:2],
-                            "negative": documents[2:], "instruction": "Find it"}  # fmt: skip
-    for name, row in rows.items():
+    rows = {name: [{"query": "the city", "candidates": candidates}] for name in mining.SETS}
+    rows["med_en.train"] = [
+        {"query": f"the {place}", "positive": documents[2 * i : 2 * i + 2],
+         "negative": documents[20:], "instruction": "Find it"}
+        for i, place in enumerate(("river", "city", "paper", "light", "data", "model"))
+    ]  # fmt: skip
+    for name, lines in rows.items():
         with lzma.open(tmp_path / f"{name}.jsonl.xz", "wt") as file:
-            file.write(json.dumps(row) + "\n")
+            file.writelines(json.dumps(line) + "\n" for line in lines)
     model = str(checkpoint())
-    command = ["--teacher", model, "--student", model, "--num_rows", "1", "--margin", "0"]
+    command = ["--teacher", model, "--student", model, "--num_rows", "6", "--margin", "0"]
     output = tmp_path / "figures"
     for _ in range(2):  # the second run finds everything done
         assert mining.main([str(tmp_path), *command, "--output_dir", str(output)]) == 0
-        out = capsys.readouterr().out
+        out = capfd.readouterr().out
         assert out.count("lists with several relevant passages") == 3
-        assert "BM25, filtered: 1 rows" in out
+        assert "\nBM25, filtered: " in out
         assert "| BM25 alone | BM25, filtered |" in out
