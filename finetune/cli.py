@@ -1,4 +1,4 @@
-"""`qwen3-finetune`: check data, train, evaluate, merge, export.
+"""`qwen3-finetune`: check data, mine negatives, train, evaluate, merge, export.
 
 Decides how settings are written on a command line or in a YAML file. Torch, transformers and TRL
 are imported by the commands that need them.
@@ -18,6 +18,7 @@ from qwen3_reranker.errors import InputError, MissingExtraError, Qwen3RerankerEr
 
 _COMMANDS = """commands:
   validate FILE...          check training rows and report every fault
+  mine --corpus FILE        hard negatives from a corpus, filtered by a teacher
   train [--config FILE]     fine-tune, measure before and after, write adapter and report
   evaluate --eval_file FILE compare a model with and without its adapter
   merge --output_dir FOLDER an adapter into its base; or several models or adapters into one
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = {
-        "validate": _validate, "train": _train, "evaluate": _evaluate,
+        "validate": _validate, "mine": _mine, "train": _train, "evaluate": _evaluate,
         "merge": _merge, "export": _export,
     }  # fmt: skip
     parser.add_argument("command", choices=commands, metavar="command")
@@ -79,6 +80,12 @@ def _validate(argv: list[str]) -> int:
             for line in describe(file.groups):
                 print(f"  {line}")
     return status
+
+
+def _mine(argv: list[str]) -> int:
+    from .mine import main as mine
+
+    return mine(argv)
 
 
 def _train(argv: list[str]) -> int:

@@ -263,7 +263,7 @@ def saved_scores(served: Served, lists: Lists, output: Path) -> Scores:
     texts = [
         [(each.instruction, each.query, each.texts) for each in rows] for rows in lists.values()
     ]
-    files = [_weights(name) for name in (served.model, served.adapter) if name is not None]
+    files = [checkpoint.stamp(name) for name in (served.model, served.adapter) if name is not None]
     key = (files, served.dtype, served.max_length, list(lists), texts)
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     file = output / f"scores-{digest}.json"
@@ -334,13 +334,6 @@ def next_step(model: str, adapter: str | None) -> str:
     if adapter is not None:
         names += f" --adapter {shlex.quote(adapter)}"
     return f'qwen3-reranker rank {names} -q "your query" "first document" "second document"'
-
-
-def _weights(name: str) -> list[tuple[str, int, int]]:
-    """Return path, size and time of a model's weights: other weights, another answer."""
-    folder, gguf_file = checkpoint.locate(name, None)
-    found = sorted(folder.glob(gguf_file or "*.safetensors"))
-    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found]
 
 
 def _sha256(path: str | Path) -> str:

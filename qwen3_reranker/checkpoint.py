@@ -64,6 +64,17 @@ def locate(model: str, revision: str | None) -> tuple[Path, str | None]:
     return Path(folder), None
 
 
+def stamp(model: str) -> list[tuple[str, int, int]]:
+    """Return path, size and time of a model's or adapter's weights: others, another answer.
+
+    Raises:
+        ModelLoadError: If they cannot be found.
+    """
+    folder, gguf_file = locate(model, None)
+    found = sorted(folder.glob(gguf_file or "*.safetensors"))
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found]
+
+
 def open_checkpoint(model: str, revision: str | None) -> tuple[Path, str | None, Any]:
     """Return the folder of a checkpoint, the name of a GGUF file, and a supported configuration.
 

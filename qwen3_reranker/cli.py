@@ -198,9 +198,9 @@ def _candidate_lists(arguments: argparse.Namespace) -> list[CandidateList]:
     if source is None and not texts and sys.stdin is not None and not sys.stdin.isatty():
         source = STDIN
     if source is not None:
-        for name, text in read_documents(source):
-            ids.append(name)
-            texts.append(text)
+        for document in read_documents(source):
+            ids.append(document.id)
+            texts.append(document.text)
     if not texts:
         raise InputError(
             "there are no documents. Pass them as arguments, with --documents FILE, or on "

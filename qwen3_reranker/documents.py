@@ -7,10 +7,26 @@ from __future__ import annotations
 
 import csv
 import re
+from dataclasses import dataclass
 from typing import Any
 
 from .errors import DataError
 from .jsonl import faults_error, parse_rows, read_lines
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One document of a file.
+
+    Attributes:
+        id: Its name, or its line number.
+        text: What it says.
+        title: Its title; empty where it has none.
+    """
+
+    id: str
+    text: str
+    title: str = ""
 
 
 def split_documents(text: str) -> list[str]:
@@ -31,11 +47,12 @@ def _not_blank(parts: list[str]) -> list[str]:
     return [part.strip("\n") for part in parts if part.strip()]
 
 
-def read_documents(path: str) -> list[tuple[str, str]]:
-    """Return (id, text) of each document of a file, plain or ending in .gz or .xz.
+def read_documents(path: str) -> list[Document]:
+    """Read documents from a file, plain or ending in .gz or .xz.
 
-    A .jsonl file holds a `{"text", "id"?}` per line, a .csv file a header with a column "text" and
-    maybe "id", any other file a document per line. A document without an id has its line number.
+    A .jsonl file holds a `{"text", "id"?, "title"?}` per line, a .csv file a header with a column
+    "text" and maybe "id" and "title", any other file a document per line. `_id`, BEIR's name for
+    it, is an id too.
 
     Raises:
         DataError: If the file cannot be read or has a fault.
@@ -45,16 +62,20 @@ def read_documents(path: str) -> list[tuple[str, str]]:
         return parse_rows(path, _parse_row)
     if name.endswith(".csv"):
         return _read_csv(path)
-    return [(str(line), text) for line, text in read_lines(path)]
+    return [Document(str(line), text) for line, text in read_lines(path)]
 
 
-def _parse_row(row: dict[str, Any], line: int) -> tuple[str, str]:
+def _parse_row(row: dict[str, Any], line: int) -> Document:
     if not isinstance(row.get("text"), str):
         raise ValueError("must have a string 'text'")
-    return str(line if row.get("id") is None else row["id"]), row["text"]
+    title = row.get("title")
+    if title is not None and not isinstance(title, str):
+        raise ValueError(f"'title' must be a string, got {type(title).__name__}")
+    id = row.get("id") if row.get("_id") is None else row["_id"]
+    return Document(str(line if id is None else id), row["text"], title or "")
 
 
-def _read_csv(path: str) -> list[tuple[str, str]]:
+def _read_csv(path: str) -> list[Document]:
     # A blank line may stand inside a quoted text.
     lines = (f"{text}\n" for _, text in read_lines(path, keep_blank=True))
     reader = csv.reader(lines, strict=True)
@@ -73,7 +94,8 @@ def _read_csv(path: str) -> list[tuple[str, str]]:
                 faults.append(f"line {reader.line_num}: {len(row)} columns, not {len(header)}")
                 continue
             named = dict(zip(header, row, strict=True))
-            documents.append((named.get("id") or str(reader.line_num), named["text"]))
+            id = named.get("id") or str(reader.line_num)
+            documents.append(Document(id, named["text"], named.get("title", "")))
     except csv.Error as error:
         faults.append(f"line {reader.line_num}: {error}")
     if faults:

@@ -131,7 +131,7 @@ def rerank(
 
 def _read_upload(file: str) -> list[str]:
     try:
-        return [text for _, text in read_documents(file)]
+        return [document.text for document in read_documents(file)]
     except DataError as error:
         # Whoever chose the file knows its name, not where it is kept.
         raise DataError(str(error).replace(file, Path(file).name)) from error

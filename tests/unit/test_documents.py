@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from qwen3_reranker import DataError
-from qwen3_reranker.documents import read_documents, split_documents
+from qwen3_reranker.documents import Document, read_documents, split_documents
 
 
 @pytest.mark.parametrize(
@@ -34,18 +34,21 @@ def test_text_is_split_into_lines_or_paragraphs(text: str, documents: list[str])
         ("d.txt", "\ufefftea\n\ncoffee", [("1", "tea"), ("3", "coffee")]),
         ("d.jsonl", '{"text": "tea"}\n{"text": "", "id": 7}', [("1", "tea"), ("7", "")]),
         ("d.csv", "\ufefftext\r\ntea\r\n\r\ncoffee\r\n", [("2", "tea"), ("4", "coffee")]),
+        ("d.jsonl", '{"_id": "d1", "title": "Tea", "text": "x"}', [("d1", "x", "Tea")]),
+        ("d.csv", "title,text\nTea,x", [("2", "x", "Tea")]),
         ("d.csv", 'id,text,x\na,"one, ""two""\n\nthree",\n', [("a", 'one, "two"\n\nthree')]),
     ],
 )
 def test_files_are_read_by_their_ending(
-    tmp_path: Path, name: str, content: str, documents: list[tuple[str, str]]
+    tmp_path: Path, name: str, content: str, documents: list[tuple[str, ...]]
 ) -> None:
+    expected = [Document(*each) for each in documents]
     file = tmp_path / name
     file.write_bytes(content.encode())
-    assert read_documents(str(file)) == documents
+    assert read_documents(str(file)) == expected
     file = tmp_path / f"{name}.gz"
     file.write_bytes(gzip.compress(content.encode()))
-    assert read_documents(str(file)) == documents
+    assert read_documents(str(file)) == expected
 
 
 @pytest.mark.parametrize(

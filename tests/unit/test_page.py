@@ -134,7 +134,7 @@ def test_csv_can_be_ranked_again(tmp_path: Path) -> None:
     (link,) = rendered(ranking).attributes("href")
     file = tmp_path / "ranking.csv"
     file.write_bytes(base64.b64decode(link.partition("base64,")[2]))
-    again = [text for _, text in read_documents(str(file))]
+    again = [document.text for document in read_documents(str(file))]
     assert again == ["\n", *documents[3::-1]]  # but for line ends
     assert page.to_csv(ranking).splitlines()[0] == "rank,was,score,log_odds,truncated,text"
     assert page.to_csv(ranking[:1]).splitlines()[1].startswith("1,5,0.98201379003790")
