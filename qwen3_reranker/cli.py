@@ -146,10 +146,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     try:
         from . import demo
     except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"the demo needs {error.name}, which is not installed. Run: "
-            'pip install "qwen3-reranker[demo]"'
-        ) from error
+        raise _missing_extra("the demo", "demo", error) from error
     settings = {name: getattr(arguments, name) for name in ("adapter", "dtype", "device")}
     for line in demo.lines(arguments.model, **settings):
         print(line, flush=True)
@@ -210,7 +207,7 @@ def _candidate_lists(arguments: argparse.Namespace) -> list[CandidateList]:
 
 
 def _as_json(candidates: CandidateList, ranking: list[RankedDocument]) -> dict[str, Any]:
-    result: dict[str, Any] = {
+    return {
         "query_id": candidates.query_id,
         "query": candidates.query,
         "results": [
@@ -225,7 +222,6 @@ def _as_json(candidates: CandidateList, ranking: list[RankedDocument]) -> dict[s
             for r in ranking
         ],
     }
-    return result
 
 
 def _print_table(candidates: CandidateList, ranking: list[RankedDocument]) -> None:
@@ -273,10 +269,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     try:
         from .server import serve
     except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"the server needs {error.name}, which is not installed. Run: "
-            'pip install "qwen3-reranker[serve]"'
-        ) from error
+        raise _missing_extra("the server", "serve", error) from error
     serve(
         _reranker(arguments),
         arguments.model,
@@ -291,10 +284,7 @@ def _ui(arguments: argparse.Namespace) -> int:
     try:
         from . import ui
     except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"the page needs {error.name}, which is not installed. Run: "
-            'pip install "qwen3-reranker[ui]"'
-        ) from error
+        raise _missing_extra("the page", "ui", error) from error
     if arguments.url is None:
         arguments.model = arguments.model or _DEFAULT_MODEL
         reranker = _reranker(arguments)
@@ -313,10 +303,17 @@ def _remote_reranker(arguments: argparse.Namespace) -> RemoteReranker:
     given = [name for name in of_a_model if getattr(arguments, name) is not None]
     if given:
         raise InputError(
-            f"--url takes the scores of a server, which has its own model. Leave out "
+            "--url takes the scores of a server, which has its own model. Leave out "
             f"{' and '.join(given)}."
         )
     return RemoteReranker(arguments.url, instruction=arguments.instruction)
+
+
+def _missing_extra(part: str, extra: str, error: ModuleNotFoundError) -> MissingExtraError:
+    return MissingExtraError(
+        f"{part} needs {error.name}, which is not installed. Run: "
+        f'pip install "qwen3-reranker[{extra}]"'
+    )
 
 
 def _reranker(arguments: argparse.Namespace) -> Reranker:
