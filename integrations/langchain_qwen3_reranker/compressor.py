@@ -17,10 +17,19 @@ from pydantic import BeforeValidator, ConfigDict, PrivateAttr, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from qwen3_reranker import RankedDocument, Scorer, inputs
-from qwen3_reranker.integration import as_name, check_settings, rank_options, scorer_of
+from qwen3_reranker.integration import (
+    PASSAGE,
+    as_name,
+    check_settings,
+    rank_options,
+    scorer_of,
+)
 from qwen3_reranker.results import verify_ranking
+from qwen3_reranker.windows import WindowScore
 
 Name = Annotated[str, BeforeValidator(as_name)]
+
+_SCORE = "relevance_score"
 
 
 class Qwen3Reranker(BaseDocumentCompressor):
@@ -54,6 +63,11 @@ class Qwen3Reranker(BaseDocumentCompressor):
     """Name of a dtype; None chooses."""
     max_length: int = 8192
     """Tokens per pair; only a document's end is ever cut."""
+    window_score: WindowScore | None = None
+    """"max" or "mean": what does not fit is read in windows, and the best one's text stands in
+    `metadata["relevance_passage"]`. None cuts."""
+    max_windows: int | None = None
+    """Windows of a document, from its beginning; None reads all of it."""
     reranker: SkipJsonSchema[Scorer | None] = None
     """Any object with `rank` and `arank`, in place of a model."""
 
@@ -156,9 +170,14 @@ class Qwen3Reranker(BaseDocumentCompressor):
 
 
 def _metadata(document: Document, result: RankedDocument) -> dict[str, Any]:
-    others = {k: value for k, value in document.metadata.items() if k != "relevance_score"}
-    # A document that a failing server left in its place has no score, not even an earlier one.
-    return {**others, "relevance_score": float(result.score)} if result.reranked else others
+    ours = {_SCORE, PASSAGE}
+    found = {key: value for key, value in document.metadata.items() if key not in ours}
+    if result.reranked:  # what a failing server left in its place has not even an earlier score
+        found[_SCORE] = float(result.score)
+    if result.window is not None:
+        start, stop = result.window
+        found[PASSAGE] = document.page_content[start:stop]
+    return found
 
 
 def _call(documents: Sequence[Document], query: str) -> dict[str, Any]:
