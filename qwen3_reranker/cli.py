@@ -113,6 +113,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_reranker_options(ui)
     ui.set_defaults(run=_ui)
 
+    vllm = commands.add_parser(
+        "vllm-command",
+        help="print how vLLM is started on a model, to score what this package scores",
+    )
+    vllm.add_argument("model", help="Hub name or folder")
+    vllm.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs; default: 1")
+    vllm.add_argument("--port", type=int, default=8000, help="default: %(default)s")
+    vllm.set_defaults(run=_vllm_command)
+
     doctor = commands.add_parser(
         "doctor",
         help="show versions and choices; with a model, compare its scores with the official ones",
@@ -233,6 +242,18 @@ def _ui(arguments: argparse.Namespace) -> int:
         ui.serve(reranker, arguments.model, port=arguments.port)
     else:
         ui.serve(_remote_reranker(arguments), arguments.url, port=arguments.port)
+    return 0
+
+
+def _vllm_command(arguments: argparse.Namespace) -> int:
+    from .vllm_command import vllm_command
+
+    size, port = arguments.tensor_parallel_size, arguments.port
+    print(vllm_command(arguments.model, tensor_parallel_size=size, port=port))
+    print(
+        f'# Then, in Python: RemoteReranker("http://127.0.0.1:{port}"). vLLM refuses documents '
+        "that are too long; with max_tokens_per_doc= it cuts them."
+    )
     return 0
 
 
