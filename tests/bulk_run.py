@@ -13,11 +13,10 @@ from typing import Any
 
 from qwen3_reranker import bulk
 
-side_file, *sys.argv = sys.argv[1:]
-Scorer = bulk.BulkScorer
+side_file = ""
 
 
-class CountingScorer(Scorer):  # type: ignore[misc, valid-type]
+class CountingScorer(bulk.BulkScorer):
     """Writes the ids of a batch when it is scored."""
 
     def __call__(self, batch: Any) -> Any:
@@ -29,5 +28,7 @@ class CountingScorer(Scorer):  # type: ignore[misc, valid-type]
         return scored
 
 
-bulk.BulkScorer = CountingScorer  # type: ignore[misc]
-runpy.run_path(sys.argv[0], run_name="__main__")
+if __name__ == "__main__":
+    side_file, *sys.argv = sys.argv[1:]
+    bulk.BulkScorer = CountingScorer  # type: ignore[misc]
+    runpy.run_path(sys.argv[0], run_name="__main__")

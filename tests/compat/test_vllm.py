@@ -29,7 +29,7 @@ pytestmark = [
     ),
 ]
 
-TOLERANCE = 1e-5  # in P, float32 on both sides; measured 1e-7
+TOLERANCE = 1e-5  # in P, float32 on both sides; 1e-6 was measured
 INSTRUCTION = 'Given a "planet", find texts\nthat {{ name }} it 行星'
 TEXTS = [*DOCUMENTS, "", " two  spaces ", 'a "b" \\ {{ c }}', "Mars 火星 é 🪐\n\n"]
 

@@ -29,6 +29,7 @@ RECIPE = ROOT / "recipes/07_bulk_ray.py"
 ENVIRONMENT = {
     **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
     "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled",
+    "RAY_worker_register_timeout_seconds": "300",  # on a busy machine; Ray would start ever more
 }  # fmt: skip
 FILES, ROWS = 20, 50
 
