@@ -5,9 +5,11 @@ Decides what a framework component's fields mean to the core. Knows nothing of e
 
 from __future__ import annotations
 
+import os
 from typing import Any, Protocol
 
 from . import inputs
+from .calibration import Calibration
 from .errors import InputError
 from .reranker import DEFAULT_MAX_LENGTH, Reranker
 from .results import Scorer
@@ -18,6 +20,7 @@ _OF_A_MODEL = {
     "device": None,
     "dtype": None,
     "max_length": DEFAULT_MAX_LENGTH,
+    "calibration": None,
 }
 """Fields that say which model scores, with their defaults."""
 
@@ -35,6 +38,7 @@ class Settings(Protocol):
     device: str | None
     dtype: str | None
     max_length: int
+    calibration: Calibration | None
     reranker: Scorer | None
     _held: Scorer | None
 
@@ -86,6 +90,7 @@ def scorer_of(settings: Settings) -> Scorer:
         dtype=settings.dtype,
         max_length=settings.max_length,
         instruction=settings.instruction,
+        calibration=settings.calibration,
     )
     settings._held = held
     return held
@@ -103,6 +108,15 @@ def rank_options(settings: Settings) -> dict[str, Any]:
         "top_n": settings.top_n,
         "score_threshold": settings.score_threshold,
     }
+
+
+def as_calibration(value: Any) -> Any:
+    """Return the calibration a path leads to; anything else as it is.
+
+    Read once, where the component is made: no later call waits for a disk, and dumps and pickles
+    carry the two numbers, not a path of this machine.
+    """
+    return Calibration.read(value) if isinstance(value, (str, os.PathLike)) else value
 
 
 def as_name(value: Any) -> Any:

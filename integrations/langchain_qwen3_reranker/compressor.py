@@ -16,8 +16,14 @@ from langchain_core.runnables import RunnableConfig, RunnableLambda
 from pydantic import BeforeValidator, ConfigDict, PrivateAttr, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
-from qwen3_reranker import RankedDocument, Scorer, inputs
-from qwen3_reranker.integration import as_name, check_settings, rank_options, scorer_of
+from qwen3_reranker import Calibration, RankedDocument, Scorer, inputs
+from qwen3_reranker.integration import (
+    as_calibration,
+    as_name,
+    check_settings,
+    rank_options,
+    scorer_of,
+)
 from qwen3_reranker.results import verify_ranking
 
 Name = Annotated[str, BeforeValidator(as_name)]
@@ -47,13 +53,15 @@ class Qwen3Reranker(BaseDocumentCompressor):
     top_n: int | None = 3
     """Documents to keep; None keeps all."""
     score_threshold: float | None = None
-    """Lowest P("yes") to keep."""
+    """Lowest score to keep."""
     device: Name | None = None
     """Torch device; None chooses."""
     dtype: Name | None = None
     """Name of a dtype; None chooses."""
     max_length: int = 8192
     """Tokens per pair; only a document's end is ever cut."""
+    calibration: Annotated[Calibration | None, BeforeValidator(as_calibration)] = None
+    """File of `qwen3-finetune calibrate`, read at once, or a `Calibration`."""
     reranker: SkipJsonSchema[Scorer | None] = None
     """Any object with `rank` and `arank`, in place of a model."""
 
