@@ -164,7 +164,8 @@ def calibrated(scored: ScoredSet, fit: Fit) -> ScoredSet:
 
 def curve(scored: ScoredSet) -> list[Precision]:
     """Return what each threshold on sigmoid(log-odds) keeps, as long as that is `MIN_KEPT`."""
-    found = (precision_at(scored, float(threshold)) for threshold in _THRESHOLDS)
+    pairs = _pairs(scored)
+    found = (_keep(pairs, float(threshold)) for threshold in _THRESHOLDS)
     return [each for each in found if each is not None and each.kept >= MIN_KEPT]
 
 
@@ -180,7 +181,10 @@ def precision_at(scored: ScoredSet, threshold: float) -> Precision | None:
     of one query are alike, and Kish's design effect (1965) says how much. A bootstrap over queries
     is as wide in the middle, but has no width at all where every kept document is relevant.
     """
-    pairs = _pairs(scored)
+    return _keep(_pairs(scored), threshold)
+
+
+def _keep(pairs: _Pairs, threshold: float) -> Precision | None:
     kept = pairs.log_odds >= math.log(threshold / (1 - threshold))
     if not kept.any():
         return None
