@@ -19,6 +19,7 @@ from sklearn.model_selection import (  # type: ignore[import-untyped]
     cross_val_predict,
 )
 
+from qwen3_reranker import Calibration
 from qwen3_reranker.candidates import CandidateList
 from qwen3_reranker.errors import DataError
 
@@ -157,9 +158,9 @@ def quality(scored: ScoredSet) -> Quality:
     return Quality(float(losses.mean()), metrics.calibration(scored))
 
 
-def calibrated(scored: ScoredSet, fit: Fit) -> ScoredSet:
+def calibrated(scored: ScoredSet, by: Fit | Calibration) -> ScoredSet:
     """Return the set with log-odds whose sigmoid is the calibrated score."""
-    return _with_log_odds(scored, _pairs(scored).log_odds / fit.temperature + fit.bias)
+    return _with_log_odds(scored, _pairs(scored).log_odds / by.temperature + by.bias)
 
 
 def curve(scored: ScoredSet) -> list[Precision]:
