@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         "with labels nDCG@10 is printed",
     )
     rank.add_argument("-n", "--top-n", type=int, help="documents to keep per query")
-    rank.add_argument("--threshold", type=float, help="lowest P(yes) to keep")
+    rank.add_argument("--threshold", type=float, help="lowest score to keep")
     rank.add_argument("--json", action="store_true", help="one JSON object per query")
     rank.add_argument("-m", "--model", default=_DEFAULT_MODEL, help="default: %(default)s")
     _add_reranker_options(rank)
@@ -129,6 +129,7 @@ def _add_reranker_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-i", "--instruction", help="task sentence, where none comes with a query")
     parser.add_argument("--adapter", help="LoRA weights")
     parser.add_argument("--max-length", type=int, default=8192, help="tokens per pair")
+    parser.add_argument("--calibration", metavar="FILE", help="of qwen3-finetune calibrate")
     _add_model_options(parser)
 
 
@@ -327,6 +328,7 @@ def _reranker(arguments: argparse.Namespace) -> Reranker:
         adapter=arguments.adapter,
         instruction=arguments.instruction,
         max_length=arguments.max_length,
+        calibration=arguments.calibration,
     )
 
 
