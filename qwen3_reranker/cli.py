@@ -1,6 +1,6 @@
 """`qwen3-reranker`: rank documents, serve a model and look at the set-up from a shell.
 
-Decides what is read and printed. Everything else is the library's.
+Decides what is read. Everything else is the library's.
 """
 
 from __future__ import annotations
@@ -11,19 +11,18 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import __version__
-from .candidates import CandidateList, ndcg_at_10, read_candidates
+from .candidates import CandidateList, read_candidates
 from .documents import read_documents
 from .embedded import EMBEDDED
 from .errors import InputError, MissingExtraError, Qwen3RerankerError
 from .inputs import DTYPES
 from .jsonl import STDIN
+from .listing import as_json, print_summary, print_table
 from .prompt import TEMPLATES
 from .results import RankedDocument, cut_ranking
-from .terminal import WIDTH, fit
 
 if TYPE_CHECKING:
     from .remote import RemoteReranker
@@ -114,6 +113,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_reranker_options(ui)
     ui.set_defaults(run=_ui)
 
+    vllm = commands.add_parser(
+        "vllm-command",
+        help="print how to start vLLM so that it scores as this package does",
+    )
+    vllm.add_argument("model", help="Hub name, folder, or what qwen3-finetune export wrote")
+    vllm.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs that share it")
+    vllm.add_argument("--port", type=int, default=8000, help="default: %(default)s")
+    vllm.set_defaults(run=_vllm_command)
+
     doctor = commands.add_parser(
         "doctor",
         help="show versions and choices; with a model, compare its scores with the official ones",
@@ -162,10 +170,10 @@ def _rank(arguments: argparse.Namespace) -> int:
         for candidates, ranking in zip(lists, rankings, strict=True):
             kept = cut_ranking(ranking, arguments.top_n, arguments.threshold)
             if arguments.json:
-                print(json.dumps(_as_json(candidates, kept)))
+                print(json.dumps(as_json(candidates, kept)))
             else:
-                _print_table(candidates, kept)
-        _print_summary(lists, rankings, reranker)
+                print_table(candidates, kept)
+        print_summary(lists, rankings, reranker.usage)
     return 0
 
 
@@ -205,65 +213,6 @@ def _candidate_lists(arguments: argparse.Namespace) -> list[CandidateList]:
             "standard input."
         )
     return [CandidateList("query", arguments.query, None, ids, texts, None, [])]
-
-
-def _as_json(candidates: CandidateList, ranking: list[RankedDocument]) -> dict[str, Any]:
-    return {
-        "query_id": candidates.query_id,
-        "query": candidates.query,
-        "results": [
-            {
-                "index": r.index,
-                "id": candidates.ids[r.index],
-                "score": r.score,
-                "log_odds": r.log_odds,
-                "truncated": r.truncated,
-                "text": r.document,
-            }
-            for r in ranking
-        ],
-    }
-
-
-def _print_table(candidates: CandidateList, ranking: list[RankedDocument]) -> None:
-    print("\n" + fit(f"{candidates.query_id}: {candidates.query}"))
-    print("rank   score  log-odds  was  document")
-    for rank, result in enumerate(ranking, 1):
-        mark = "~" if result.truncated else " "
-        start = (
-            f"{rank:4d}  {result.score:.4f}  {result.log_odds:+8.3f} {result.index + 1:4d}{mark} "
-        )
-        print(start + fit(result.document, WIDTH - len(start)))
-    if any(result.truncated for result in ranking):
-        print("  ~ the end of this document was cut to --max-length")
-
-
-def _print_summary(
-    lists: list[CandidateList], rankings: list[list[RankedDocument]], reranker: Reranker
-) -> None:
-    usage = reranker.usage
-    lines = [
-        f"queries {len(lists)}, documents {usage.documents}, truncated {usage.truncated}, "
-        f"tokens computed {usage.tokens}"
-    ]
-    judged = [
-        (candidates, candidates.labels, ranking)
-        for candidates, ranking in zip(lists, rankings, strict=True)
-        if candidates.labels is not None
-    ]
-    if judged:
-        before, after = [], []
-        for candidates, labels, ranking in judged:
-            log_odds = {result.index: result.log_odds for result in ranking}
-            given = [-float(i) for i in range(len(labels))]
-            before.append(ndcg_at_10(labels, given, candidates.missing_labels))
-            scores = [log_odds[i] for i in range(len(labels))]
-            after.append(ndcg_at_10(labels, scores, candidates.missing_labels))
-        lines.append(
-            f"nDCG@10 {mean(after):.4f}, in the order given {mean(before):.4f} "
-            f"({len(judged)} queries with labels)"
-        )
-    print("\n" + "\n".join(lines), file=sys.stderr)
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -315,6 +264,15 @@ def _missing_extra(part: str, extra: str, error: ModuleNotFoundError) -> Missing
         f"{part} needs {error.name}, which is not installed. Run: "
         f'pip install "qwen3-reranker[{extra}]"'
     )
+
+
+def _vllm_command(arguments: argparse.Namespace) -> int:
+    from .vllm_command import vllm_command
+
+    port, gpus = arguments.port, arguments.tensor_parallel_size
+    print(vllm_command(arguments.model, port=port, tensor_parallel_size=gpus))
+    print(f'Then: RemoteReranker("http://127.0.0.1:{port}")', file=sys.stderr)
+    return 0
 
 
 def _reranker(arguments: argparse.Namespace) -> Reranker:
