@@ -21,6 +21,7 @@ _COMMANDS = """commands:
   mine --corpus FILE        hard negatives from a corpus, filtered by a teacher
   train [--config FILE]     fine-tune, measure before and after, write adapter and report
   evaluate --eval_file FILE compare a model with and without its adapter
+  calibrate --eval_file FILE fit scores to judgments; find the threshold of a precision
   merge --output_dir FOLDER an adapter into its base; or several models or adapters into one
   export --format FORMAT    a model for transformers, vLLM, sentence-transformers or llama.cpp
 
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = {
         "validate": _validate, "mine": _mine, "train": _train, "evaluate": _evaluate,
-        "merge": _merge, "export": _export,
+        "calibrate": _calibrate, "merge": _merge, "export": _export,
     }  # fmt: skip
     parser.add_argument("command", choices=commands, metavar="command")
     command = parser.parse_args(arguments[:1]).command
@@ -112,6 +113,17 @@ def _evaluate(argv: list[str]) -> int:
     from .evaluate import main as evaluate
 
     return evaluate(argv)
+
+
+def _calibrate(argv: list[str]) -> int:
+    try:
+        from .calibrate import main as calibrate
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"calibrating needs {error.name}, which is not installed. Run: "
+            'pip install "qwen3-reranker[finetune,calibration]"'
+        ) from error
+    return calibrate(argv)
 
 
 def _merge(argv: list[str]) -> int:

@@ -272,14 +272,19 @@ def saved_scores(served: Served, lists: Lists, output: Path) -> Scores:
         found: Scores = json.loads(file.read_text(encoding="utf-8"))
         return found
     with Reranker(**asdict(served)) as reranker:
-
-        def score(each: CandidateList) -> list[float]:
-            ranking = reranker.rank(each.query, each.texts, instruction=each.instruction)
-            return [r.log_odds for r in sorted(ranking, key=lambda r: r.index)]
-
-        scores = _score_lists(lists, score)
+        scores = score_lists(reranker, lists)
     file.write_text(json.dumps(scores), encoding="utf-8")
     return scores
+
+
+def score_lists(reranker: Reranker, lists: Lists) -> Scores:
+    """Return the log-odds of every candidate as the core serves them."""
+
+    def score(each: CandidateList) -> list[float]:
+        ranking = reranker.rank(each.query, each.texts, instruction=each.instruction)
+        return [r.log_odds for r in sorted(ranking, key=lambda r: r.index)]
+
+    return _score_lists(lists, score)
 
 
 def _instruction_check(
@@ -328,11 +333,10 @@ def _judged(path: str) -> list[CandidateList]:
     return lists
 
 
-def next_step(model: str, adapter: str | None) -> str:
+def next_step(model: str, adapter: str | None, *options: str) -> str:
     """Return the command that a user would type next; no training text stands in it."""
-    names = f"--model {shlex.quote(model)}"
-    if adapter is not None:
-        names += f" --adapter {shlex.quote(adapter)}"
+    adapted = [] if adapter is None else ["--adapter", adapter]
+    names = shlex.join(["--model", model, *adapted, *options])
     return f'qwen3-reranker rank {names} -q "your query" "first document" "second document"'
 
 

@@ -9,7 +9,6 @@ a chat template that its `CrossEncoder` reads, and what vLLM must know to make a
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,6 @@ from numpy.typing import NDArray
 from qwen3_reranker.checkpoint import read_json
 from qwen3_reranker.errors import InputError, MissingExtraError
 from qwen3_reranker.loading import yes_no_row
-from qwen3_reranker.prompt import PromptTemplate
 
 from .adapter import write_json
 from .gguf_export import FILE, score_gguf, write_gguf
@@ -139,24 +137,8 @@ def write_cross_encoder(whole: Whole, folder: Path) -> None:
     write_json(config, {**read_json(config), **as_classifier})
 
 
-def chat_template(template: PromptTemplate, default_instruction: str) -> str:
-    """Return the prompt as Jinja, for messages of the roles system, query and document.
-
-    The instruction is a system message for sentence-transformers and a variable for vLLM.
-    """
-    by_role = '(messages | selectattr("role", "eq", "{}") | map(attribute="content") | first)'
-    instruction, query, document = map(by_role.format, ("system", "query", "document"))
-    default = json.dumps(default_instruction, ensure_ascii=False)  # Jinja knows no surrogate pairs
-    body = template.render(
-        f"{{{{ {instruction} | default(instruction, true) | default({default}, true) }}}}",
-        f"{{{{ {query} }}}}",
-        f"{{{{ {document} }}}}",
-    )
-    return body + "\n"  # Jinja drops one newline at the end
-
-
 def _chat_template(whole: Whole) -> str:
-    return chat_template(whole.tokenizer.template, whole.instruction)
+    return whole.tokenizer.template.as_jinja(whole.instruction)
 
 
 def _prompts(whole: Whole) -> list[list[int]]:

@@ -25,9 +25,9 @@ from qwen3_reranker.terminal import WIDTH, fit
 from .metrics import METRICS, Calibration, Comparison
 
 _MAIN = METRICS[0]
-_AFTER, _BEFORE = "#2f7fc2", "#c4701a"
+AFTER, BEFORE = "#2f7fc2", "#c4701a"
 """Their contrast is 3.6 or more with white and with the dark background."""
-_LINES = [("o", "●", _AFTER), ("s", "■", _BEFORE), ("^", "▲", "#3f9457"), ("D", "◆", "#a765c0"),
+_LINES = [("o", "●", AFTER), ("s", "■", BEFORE), ("^", "▲", "#3f9457"), ("D", "◆", "#a765c0"),
           ("v", "▼", "#b07a10"), ("P", "✚", "#808080")]  # fmt: skip
 """Of the lines of a plot: marker, its likeness in the legend, colour."""
 _COLUMNS = ["Before", "After", "Difference [95 %]", "p", "W/T/L"]
@@ -295,7 +295,7 @@ def _differences(each: SetReport) -> str:
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
-        for part, colour in ((np.minimum(picked, 0), _BEFORE), (np.maximum(picked, 0), _AFTER)):
+        for part, colour in ((np.minimum(picked, 0), BEFORE), (np.maximum(picked, 0), AFTER)):
             axes.stairs(part, edges, fill=True, color=colour)
         axes.axhline(0, color="black", lw=0.6)
         axes.set(xlabel="% of the queries", ylabel=f"change of {_MAIN}")

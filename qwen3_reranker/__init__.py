@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .calibration import Calibration
     from .errors import (
         ClosedError,
         DataError,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Calibration": "calibration",
     "ClosedError": "errors",
     "DataError": "errors",
     "DocumentTooLargeError": "errors",
@@ -59,6 +61,7 @@ _HOME = {
 
 __all__ = [
     "TEMPLATES",
+    "Calibration",
     "ClosedError",
     "DataError",
     "DocumentTooLargeError",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,19 @@ def fingerprint(full: Any) -> str:
     tensors = [decoder.embed_tokens.weight, decoder.norm.weight]
     for layer in (layers[0], layers[len(layers) // 2], layers[-1]):
         tensors += [layer.self_attn.q_proj.weight, layer.mlp.down_proj.weight]
+    return _digest(full, tensors)
+
+
+def scoring_fingerprint(full: Any, head: torch.Tensor) -> str:
+    """Return a hash of all that scores: like `fingerprint`, of every tensor and the yes/no row.
+
+    An adapter may have changed any of them. Taken before the cast to the serving dtype, so that a
+    base with an adapter and the merge of the two are one.
+    """
+    return _digest(full, [*full.base_model.parameters(), head])
+
+
+def _digest(full: Any, tensors: Iterable[torch.Tensor]) -> str:
     digest = hashlib.sha256(
         json.dumps({name: getattr(full.config, name) for name in _SHAPE}).encode()
     )

@@ -1,6 +1,6 @@
 """`qwen3-reranker`: rank documents, serve a model and look at the set-up from a shell.
 
-Decides what is read and printed. Everything else is the library's.
+Decides what is read. Everything else is the library's.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         "with labels nDCG@10 is printed",
     )
     rank.add_argument("-n", "--top-n", type=int, help="documents to keep per query")
-    rank.add_argument("--threshold", type=float, help="lowest P(yes) to keep")
+    rank.add_argument("--threshold", type=float, help="lowest score to keep")
     rank.add_argument("--json", action="store_true", help="one JSON object per query")
     rank.add_argument("-m", "--model", default=_DEFAULT_MODEL, help="default: %(default)s")
     _add_reranker_options(rank)
@@ -137,6 +137,7 @@ def _add_reranker_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-i", "--instruction", help="task sentence, where none comes with a query")
     parser.add_argument("--adapter", help="LoRA weights")
     parser.add_argument("--max-length", type=int, default=8192, help="tokens per pair")
+    parser.add_argument("--calibration", metavar="FILE", help="of qwen3-finetune calibrate")
     _add_model_options(parser)
 
 
@@ -245,18 +246,6 @@ def _ui(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _vllm_command(arguments: argparse.Namespace) -> int:
-    from .vllm_command import vllm_command
-
-    size, port = arguments.tensor_parallel_size, arguments.port
-    print(vllm_command(arguments.model, tensor_parallel_size=size, port=port))
-    print(
-        f'# Then, in Python: RemoteReranker("http://127.0.0.1:{port}"). vLLM refuses documents '
-        "that are too long; with max_tokens_per_doc= it cuts them."
-    )
-    return 0
-
-
 def _remote_reranker(arguments: argparse.Namespace) -> RemoteReranker:
     from .remote import RemoteReranker
 
@@ -277,6 +266,18 @@ def _missing_extra(part: str, extra: str, error: ModuleNotFoundError) -> Missing
     )
 
 
+def _vllm_command(arguments: argparse.Namespace) -> int:
+    from .vllm_command import vllm_command
+
+    size, port = arguments.tensor_parallel_size, arguments.port
+    print(vllm_command(arguments.model, tensor_parallel_size=size, port=port))
+    print(
+        f'# Then, in Python: RemoteReranker("http://127.0.0.1:{port}"). vLLM refuses documents '
+        "that are too long; with max_tokens_per_doc= it cuts them."
+    )
+    return 0
+
+
 def _reranker(arguments: argparse.Namespace) -> Reranker:
     from .reranker import Reranker
 
@@ -288,6 +289,7 @@ def _reranker(arguments: argparse.Namespace) -> Reranker:
         adapter=arguments.adapter,
         instruction=arguments.instruction,
         max_length=arguments.max_length,
+        calibration=arguments.calibration,
     )
 
 

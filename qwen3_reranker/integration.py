@@ -5,9 +5,11 @@ Decides what a framework component's fields mean to the core. Knows nothing of e
 
 from __future__ import annotations
 
+import os
 from typing import Any, Protocol
 
 from . import inputs
+from .calibration import Calibration
 from .errors import InputError
 from .reranker import DEFAULT_MAX_LENGTH, Reranker
 from .results import Scorer
@@ -21,6 +23,7 @@ _OF_A_MODEL = {
     "max_length": DEFAULT_MAX_LENGTH,
     "window_score": None,
     "max_windows": None,
+    "calibration": None,
 }
 """Fields that say which model scores, with their defaults."""
 
@@ -43,6 +46,7 @@ class Settings(Protocol):
     max_length: int
     window_score: WindowScore | None
     max_windows: int | None
+    calibration: Calibration | None
     reranker: Scorer | None
     _held: Scorer | None
 
@@ -96,6 +100,7 @@ def scorer_of(settings: Settings) -> Scorer:
         window_score=settings.window_score,
         max_windows=settings.max_windows,
         instruction=settings.instruction,
+        calibration=settings.calibration,
     )
     settings._held = held
     return held
@@ -113,6 +118,15 @@ def rank_options(settings: Settings) -> dict[str, Any]:
         "top_n": settings.top_n,
         "score_threshold": settings.score_threshold,
     }
+
+
+def as_calibration(value: Any) -> Any:
+    """Return the calibration a path leads to; anything else as it is.
+
+    Read once, where the component is made: no later call waits for a disk, and dumps and pickles
+    carry the two numbers, not a path of this machine.
+    """
+    return Calibration.read(value) if isinstance(value, (str, os.PathLike)) else value
 
 
 def as_name(value: Any) -> Any:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from time import monotonic
 
+from .calibration import UNCALIBRATED, Calibration
 from .errors import InputError
-from .results import RankedDocument, cut_ranking, probability, rank_documents
+from .results import RankedDocument, cut_ranking, rank_documents
 from .tokenization import EncodedGroup, PromptTokenizer
 from .windows import Piece, WindowScore, encode_windows, fold
 
@@ -81,11 +83,12 @@ class EncodedJob:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """Results aligned with a job's documents."""
+    """Results aligned with a job's documents, and how log-odds become scores."""
 
     log_odds: list[list[float]]
     truncated: list[list[bool]]
     windows: list[list[Piece | None]]
+    calibration: Calibration = UNCALIBRATED
 
     @classmethod
     def empty(cls, job: Job) -> Scored:
@@ -94,9 +97,14 @@ class Scored:
         return cls(nothing, [[] for _ in job.queries], [[] for _ in job.queries])
 
     @property
+    def scores(self) -> list[list[float]]:
+        """P("yes") of each query's documents."""
+        return [[self.calibration.probability(value) for value in row] for row in self.log_odds]
+
+    @property
     def probabilities(self) -> list[float]:
         """P("yes") of all documents in order."""
-        return [probability(value) for row in self.log_odds for value in row]
+        return list(chain.from_iterable(self.scores))
 
 
 def encode_job(job: Job, tokenizer: PromptTokenizer, limits: Limits) -> EncodedJob:
@@ -145,5 +153,6 @@ def rank_all(
     job: Job, scored: Scored, top_n: int | None, score_threshold: float | None
 ) -> list[list[RankedDocument]]:
     """Return a ranking per query."""
-    rows = zip(job.documents, scored.log_odds, scored.truncated, scored.windows, strict=True)
+    columns = (job.documents, scored.scores, scored.log_odds, scored.truncated, scored.windows)
+    rows = zip(*columns, strict=True)
     return [cut_ranking(rank_documents(*row), top_n, score_threshold) for row in rows]

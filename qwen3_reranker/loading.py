@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import transformers
 
-from .adapters import merge_adapter, recorded_template
+from .adapters import merge_adapter, recorded_template, scoring_fingerprint
 from .attention import choose_backend
 from .checkpoint import locate, open_checkpoint, read_tokenizer, read_weights
 from .errors import ModelLoadError
@@ -54,6 +54,7 @@ class LoadedModel:
         max_positions: Longest prompt the checkpoint knows, in tokens.
         budget: What a pack may hold.
         backend: Attention backend.
+        fingerprint: Hash of the weights, those of the adapter merged.
         choices: Setting -> its value and the reason, for `doctor`.
     """
 
@@ -62,6 +63,7 @@ class LoadedModel:
     max_positions: int
     budget: Budget
     backend: str
+    fingerprint: str
     choices: dict[str, str]
 
 
@@ -105,6 +107,7 @@ def load_model(
     if adapter_folder is not None:
         full = merge_adapter(full, adapter_folder)
     head = yes_no_row(full, tokenizer)
+    fingerprint = scoring_fingerprint(full, head)
     decoder = full.base_model
     del full
     network = YesNoCrossEncoder(
@@ -138,6 +141,7 @@ def load_model(
             1 if exact else None,
         ),
         backend=backend,
+        fingerprint=fingerprint,
         choices={
             "architecture": f"{config.architectures[0]} ({config.num_hidden_layers} layers, "
             f"hidden size {config.hidden_size})",

@@ -7,6 +7,7 @@ torch is imported only when a model is first needed.
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -14,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 from . import inputs
+from .calibration import UNCALIBRATED, Calibration, calibration_of
 from .embedded import EMBEDDED
 from .engine import Engine, PackRecord
 from .errors import ClosedError, InputError
@@ -62,6 +64,9 @@ class Reranker(BaseReranker):
         max_batch_tokens: Token budget of one forward; None chooses by device and memory.
         max_cached_scores: Scores kept in memory for prompts that come again, about 200 bytes each,
             without their texts. 0 keeps none.
+        calibration: File that `qwen3-finetune calibrate` wrote, or a `Calibration`. Scores become
+            the shares of relevant documents it was fitted to, and `score_threshold` reads those;
+            `log_odds` and the order stay the model's. None gives the model's own P("yes").
         exact: Score every document alone, so that its score is the same to the last bit whatever
             else is scored; otherwise it is so to rounding. Costs most for short documents.
 
@@ -94,6 +99,7 @@ class Reranker(BaseReranker):
         max_windows: int | None = None,
         max_batch_tokens: int | None = None,
         max_cached_scores: int = 0,
+        calibration: str | os.PathLike[str] | Calibration | None = None,
         exact: bool = False,
     ) -> None:
         self._model = inputs.path("model", model)
@@ -107,6 +113,7 @@ class Reranker(BaseReranker):
             inputs.positive_int("max_batch_tokens", max_batch_tokens)
         if max_cached_scores != 0:
             inputs.positive_int("max_cached_scores", max_cached_scores)
+        self._calibration = calibration_of(calibration) or UNCALIBRATED
         self._usage = Usage()
         self._usage_lock = threading.Lock()
         self._runtime: Runtime | None = Runtime(
@@ -130,13 +137,14 @@ class Reranker(BaseReranker):
         max_length: int = DEFAULT_MAX_LENGTH,
         window_score: WindowScore | None = None,
         max_windows: int | None = None,
+        calibration: str | os.PathLike[str] | Calibration | None = None,
         **settings: Any,
     ) -> Self:
         """Return a reranker that shares its weights with others of the same settings.
 
-        Takes what the constructor takes. `instruction`, `max_length` and windows belong to the
-        returned object alone; everything else decides which weights are shared. They are freed
-        when the last reranker that shares them is closed or collected.
+        Takes what the constructor takes. `instruction`, `max_length`, windows and `calibration`
+        belong to the returned object alone; everything else decides which weights are shared. They
+        are freed when the last reranker that shares them is closed or collected.
 
         Raises:
             InputError: If an argument has the wrong type or value.
@@ -147,6 +155,7 @@ class Reranker(BaseReranker):
             max_length=max_length,
             window_score=window_score,
             max_windows=max_windows,
+            calibration=calibration,
             **settings,
         )
         if reranker._runtime is not None:
@@ -177,17 +186,17 @@ class Reranker(BaseReranker):
         It runs in the thread that scores, so it must be quick and must not call the reranker.
         Rerankers that share weights share their observers. Loads the model if need be.
         """
-        self._open_runtime().load()[1].observe(observer)
+        self._load()[1].observe(observer)
 
     @property
     def loaded(self) -> LoadedModel:
         """The loaded checkpoint and the choices made for it; loads it if need be.
 
         Raises:
-            ModelLoadError: If it cannot be loaded.
+            ModelLoadError: If it cannot be loaded, or the calibration is another model's.
             ClosedError: If the reranker is closed.
         """
-        return self._open_runtime().load()[0]
+        return self._load()[0]
 
     def close(self) -> None:
         """Free the model unless others share it; calls still waiting then get a `ClosedError`."""
@@ -208,6 +217,7 @@ class Reranker(BaseReranker):
         rebuild = partial(
             type(self).shared,
             instruction=self._instruction,
+            calibration=self._calibration,
             **asdict(self._limits),
             **settings,
         )
@@ -217,6 +227,11 @@ class Reranker(BaseReranker):
         if self._runtime is None:
             raise ClosedError("this reranker is closed. Make a new one.")
         return self._runtime
+
+    def _load(self) -> tuple[LoadedModel, Engine]:
+        loaded, engine = self._open_runtime().load()
+        self._calibration.refuse_other(loaded)
+        return loaded, engine
 
     def _refuse_if_closed(self) -> None:
         self._open_runtime()
@@ -235,7 +250,7 @@ class Reranker(BaseReranker):
         return self._count(job, encoded, await await_scores(engine, encoded, job))
 
     def _encode(self, job: Job) -> tuple[EncodedJob, Engine]:
-        loaded, engine = self._open_runtime().load()
+        loaded, engine = self._load()
         longest, limit = self._limits.max_length, loaded.max_positions
         if longest > limit and longest != DEFAULT_MAX_LENGTH:
             raise InputError(
@@ -255,4 +270,5 @@ class Reranker(BaseReranker):
                 self._usage.repaired + sum(group.num_repaired for group in encoded.groups),
             )
         rows = [row.tolist() for row in scores.log_odds]
-        return align(encoded, rows, self._limits.window_score)
+        scored = align(encoded, rows, self._limits.window_score)
+        return replace(scored, calibration=self._calibration)

@@ -22,8 +22,9 @@ class RankedDocument:
     Attributes:
         index: Position in the caller's list.
         document: The caller's own string object; left out of `repr`, which ends up in logs.
-        score: P("yes") between 0 and 1.
-        log_odds: logit(yes) - logit(no); does not saturate, so it is what the list is sorted by.
+        score: P("yes") between 0 and 1, calibrated if the reranker has a calibration.
+        log_odds: logit(yes) - logit(no), the model's own whatever the calibration; does not
+            saturate, so it is what the list is sorted by.
         truncated: True if a part of the document was not read, to fit `max_length`.
         window: Start and stop in characters of the best window, if the document was read in
             windows because of its length; the reranker's `window_score` says how.
@@ -61,6 +62,7 @@ class Usage:
 
 def rank_documents(
     documents: Sequence[str],
+    scores: Sequence[float],
     log_odds: Sequence[float],
     truncated: Sequence[bool],
     windows: Sequence[tuple[int, int] | None],
@@ -68,15 +70,14 @@ def rank_documents(
     """Return all documents by falling log-odds; equal ones keep their order.
 
     Example:
-        >>> ranking = rank_documents(["a", "b", "c"], [0.5, 2.0, 0.5], [False] * 3, [None] * 3)
+        >>> scores, cut, windows = [0.6, 0.9, 0.6], [False] * 3, [None] * 3
+        >>> ranking = rank_documents(["a", "b", "c"], scores, [0.5, 2.0, 0.5], cut, windows)
         >>> [result.index for result in ranking]
         [1, 0, 2]
     """
     order = sorted(range(len(documents)), key=lambda i: -log_odds[i])
     return [
-        RankedDocument(
-            i, documents[i], probability(log_odds[i]), log_odds[i], truncated[i], windows[i]
-        )
+        RankedDocument(i, documents[i], scores[i], log_odds[i], truncated[i], windows[i])
         for i in order
     ]
 

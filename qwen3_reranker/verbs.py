@@ -60,7 +60,7 @@ class BaseReranker(ABC):
             documents: Texts to order; none gives an empty list without loading the model.
             instruction: Task sentence of this call.
             top_n: Keep this many; None keeps all.
-            score_threshold: Keep only documents with at least this P("yes").
+            score_threshold: Keep only documents with at least this score.
             timeout_s: Seconds after which the call gives up; work not yet begun is dropped.
 
         Raises:

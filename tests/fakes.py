@@ -67,6 +67,7 @@ class FakeModel:
     max_positions: int = 40960
     budget: Budget = field(default_factory=lambda: Budget(2048))
     backend: str = "documents"
+    fingerprint: str = "of the fake"
     choices: dict[str, str] = field(default_factory=dict)
 
 

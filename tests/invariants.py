@@ -14,6 +14,8 @@ def check_ranking(
     *,
     top_n: int | None = None,
     score_threshold: float | None = None,
+    temperature: float = 1.0,
+    bias: float = 0.0,
 ) -> None:
     """Assert that a ranking is a permutation of its documents, cut only as asked, and sorted."""
     indices = [result.index for result in results]
@@ -29,7 +31,8 @@ def check_ranking(
         assert type(result.truncated) is bool
         assert math.isfinite(result.log_odds)
         assert 0 <= result.score <= 1
-        assert math.isclose(result.score, 1 / (1 + math.exp(-result.log_odds)), abs_tol=1e-12)
+        calibrated = result.log_odds / temperature + bias
+        assert math.isclose(result.score, 1 / (1 + math.exp(-calibrated)), abs_tol=1e-12)
         assert score_threshold is None or result.score >= score_threshold
     order = [(-result.log_odds, result.index) for result in results]
     assert order == sorted(order), "sorted by log-odds, ties in the caller's order"

@@ -73,7 +73,7 @@ def save_random_qwen3(
     return folder
 
 
-def save_random_adapter(folder: Path, base: Path, **settings: Any) -> Path:
+def save_random_adapter(folder: Path, base: Path, *, std: float = 0.05, **settings: Any) -> Path:
     """Write a LoRA adapter of a base; the folder's name decides its random weights."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -85,7 +85,7 @@ def save_random_adapter(folder: Path, base: Path, **settings: Any) -> Path:
     tuned = get_peft_model(full, LoraConfig(task_type="CAUSAL_LM", **options))
     for name, weight in tuned.named_parameters():
         if "lora_B" in name:  # zero at first, so that an adapter would change nothing
-            torch.nn.init.normal_(weight, std=0.05)
+            torch.nn.init.normal_(weight, std=std)
     tuned.save_pretrained(folder)
     return folder
 

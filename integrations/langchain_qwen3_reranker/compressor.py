@@ -16,9 +16,10 @@ from langchain_core.runnables import RunnableConfig, RunnableLambda
 from pydantic import BeforeValidator, ConfigDict, PrivateAttr, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
-from qwen3_reranker import RankedDocument, Scorer, inputs
+from qwen3_reranker import Calibration, RankedDocument, Scorer, inputs
 from qwen3_reranker.integration import (
     PASSAGE,
+    as_calibration,
     as_name,
     check_settings,
     rank_options,
@@ -56,7 +57,7 @@ class Qwen3Reranker(BaseDocumentCompressor):
     top_n: int | None = 3
     """Documents to keep; None keeps all."""
     score_threshold: float | None = None
-    """Lowest P("yes") to keep."""
+    """Lowest score to keep."""
     device: Name | None = None
     """Torch device; None chooses."""
     dtype: Name | None = None
@@ -68,6 +69,8 @@ class Qwen3Reranker(BaseDocumentCompressor):
     `metadata["relevance_passage"]`. None cuts."""
     max_windows: int | None = None
     """Windows of a document, from its beginning; None reads all of it."""
+    calibration: Annotated[Calibration | None, BeforeValidator(as_calibration)] = None
+    """File of `qwen3-finetune calibrate`, read at once, or a `Calibration`."""
     reranker: SkipJsonSchema[Scorer | None] = None
     """Any object with `rank` and `arank`, in place of a model."""
 

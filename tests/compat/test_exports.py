@@ -13,13 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 
 from finetune import export, gguf_export, whole
 from finetune.cli import main
 from qwen3_reranker import RemoteReranker, Reranker
-from tests.real_parts import QWEN3_0_6B
+from tests.real_parts import QWEN3_0_6B, save_random_adapter
 from tests.servers import COMPAT_PYTHON, llama_cpp
 from tests.texts import ordinary_pairs
 
@@ -47,18 +46,7 @@ def base(request: pytest.FixtureRequest, checkpoint: Callable[..., Path]) -> Pat
 
 @pytest.fixture
 def adapter(base: Path, tmp_path: Path) -> Path:
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    full = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    settings = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    tuned = get_peft_model(full, settings)
-    for name, weight in tuned.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.01)
-    tuned.save_pretrained(tmp_path / "adapter")
-    return tmp_path / "adapter"
+    return save_random_adapter(tmp_path / "adapter", base, std=0.01)
 
 
 def test_formats_score_alike(
@@ -88,7 +76,7 @@ def test_formats_score_alike(
         assert expected.std() > 0.1
         with (
             llama_cpp(tmp_path / "gguf" / gguf_export.FILE) as url,
-            RemoteReranker(url) as reranker,
+            RemoteReranker(url, timeout_s=None) as reranker,  # a document takes it seconds
         ):
             difference = np.abs(log_odds(reranker.score_pairs(PAIRS)) - expected).max()
         with capsys.disabled():

@@ -277,7 +277,7 @@ def test_chat_template_renders_the_prompt_byte_for_byte(name: str) -> None:
     template = TEMPLATES[name]
     jinja = jinja2.Environment(autoescape=False)  # noqa: S701
     default = 'By default, "é" 🍵 }} '
-    rendered = jinja.from_string(export.chat_template(template, default))
+    rendered = jinja.from_string(template.as_jinja(default))
     texts = {"query": 'a "b" \\ {{ c }}\n', "document": "<d> & é 中文 "}
     messages = [{"role": role, "content": text} for role, text in texts.items()]
     asked = 'Find "it"'

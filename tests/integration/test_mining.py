@@ -23,7 +23,7 @@ from finetune.mine import judge_with
 from finetune.negatives import Judge, Mining, candidates, find_negatives
 from finetune.retrieval import BM25, Corpus, read_corpus, search
 from qwen3_reranker import Reranker
-from qwen3_reranker.candidates import Document
+from qwen3_reranker.documents import Document
 from tests import texts
 
 ROOT = Path(__file__).parents[2]

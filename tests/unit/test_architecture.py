@@ -108,6 +108,7 @@ def test_public_names_are_these() -> None:
     assert sorted(qwen3_reranker.__all__) == sorted(
         [
             "TEMPLATES",
+            "Calibration",
             "ClosedError",
             "DataError",
             "DocumentTooLargeError",

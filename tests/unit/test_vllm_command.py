@@ -9,7 +9,6 @@ import pytest
 import yaml
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from finetune.export import chat_template
 from qwen3_reranker import InputError, ModelLoadError, vllm_command
 from qwen3_reranker.cli import _parser, main
 from qwen3_reranker.prompt import QWEN3_RERANKER
@@ -58,7 +57,7 @@ def test_template_renders_the_prompt_byte_for_byte(query: str, document: str) ->
 
 def test_template_is_what_exports_carry() -> None:
     written = SCORE_TEMPLATE.read_bytes().decode()
-    assert written == chat_template(QWEN3_RERANKER, QWEN3_RERANKER.default_instruction)
+    assert written == QWEN3_RERANKER.as_jinja()
     assert written.endswith("</think>\n\n\n")  # an editor may take them, and Jinja takes the last
 
 

@@ -26,9 +26,10 @@ from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle
 from pydantic.json_schema import SkipJsonSchema
 
-from qwen3_reranker import InputError, RankedDocument, Scorer
+from qwen3_reranker import Calibration, InputError, RankedDocument, Scorer
 from qwen3_reranker.integration import (
     PASSAGE,
+    as_calibration,
     as_name,
     check_settings,
     rank_options,
@@ -77,7 +78,7 @@ class Qwen3Reranker(BaseNodePostprocessor):
         None, description="Task sentence, taken as it is; None is the template's own."
     )
     top_n: int | None = Field(3, description="Nodes to keep; None keeps all.")
-    score_threshold: float | None = Field(None, description='Lowest P("yes") to keep.')
+    score_threshold: float | None = Field(None, description="Lowest score to keep.")
     device: Name | None = Field(None, description="Torch device; None chooses.")
     dtype: Name | None = Field(None, description="Name of a dtype; None chooses.")
     max_length: int = Field(8192, description="Tokens per pair; only a document's end is ever cut.")
@@ -89,6 +90,9 @@ class Qwen3Reranker(BaseNodePostprocessor):
     )
     max_windows: int | None = Field(
         None, description="Windows of a node, from its beginning; None reads all of it."
+    )
+    calibration: Annotated[Calibration | None, BeforeValidator(as_calibration)] = Field(
+        None, description="File of `qwen3-finetune calibrate`, read at once, or a Calibration."
     )
     metadata_mode: MetadataMode = Field(
         MetadataMode.EMBED, description="Which metadata the model reads before the text."

@@ -1,0 +1,351 @@
+"""`qwen3-finetune calibrate`: what is fitted, how sure it is, what is written."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from finetune import metrics
+from finetune.cli import main
+from finetune.fitting import MIN_KEPT, calibrated, curve, fit, lowest, precision_at, quality
+from finetune.metrics import ScoredSet
+from qwen3_reranker import Calibration, DataError
+from qwen3_reranker.candidates import CandidateList
+from qwen3_reranker.cli import main as rerank
+from qwen3_reranker.results import probability
+from tests import fakes
+
+TEMPERATURE, BIAS = 2.5, -0.7
+
+
+def scored(log_odds: list[list[float]], labels: list[list[int]]) -> ScoredSet:
+    lists = [
+        CandidateList("q", "query", None, ["d"] * len(row), ["text"] * len(row), row, [])
+        for row in labels
+    ]
+    return ScoredSet("made up", lists, log_odds)
+
+
+def overconfident(num_queries: int = 300, num_documents: int = 20, seed: int = 0) -> ScoredSet:
+    """Draw labels from sigmoid(s / TEMPERATURE + BIAS), so that these two are right."""
+    rng = np.random.default_rng(seed)
+    log_odds = rng.normal(-3, 5, (num_queries, num_documents))
+    shares = 1 / (1 + np.exp(-(log_odds / TEMPERATURE + BIAS)))
+    labels = (rng.random(shares.shape) < shares).astype(int)
+    return scored(log_odds.tolist(), labels.tolist())
+
+
+def shuffled(given: ScoredSet) -> ScoredSet:
+    flat = [label for each in given.lists for label in each.labels or []]
+    random.Random(0).shuffle(flat)
+    labels = np.reshape(flat, (len(given.lists), -1))
+    return scored(given.log_odds, labels.tolist())
+
+
+def test_fit_recovers_temperature_and_bias() -> None:
+    found = fit(overconfident())
+    assert math.isclose(found.temperature, TEMPERATURE, rel_tol=0.06)
+    assert math.isclose(found.bias, BIAS, abs_tol=0.08)
+
+
+def test_fit_gains_on_queries_it_has_not_seen_and_keeps_every_order() -> None:
+    found, unseen = fit(overconfident()), overconfident(seed=1)
+    before, after = quality(unseen), quality(calibrated(unseen, found))
+    assert after.log_loss < 0.8 * before.log_loss
+    assert after.reliability.ece < 0.02 < 0.1 < before.reliability.ece
+    # What it says of itself is what others find.
+    assert math.isclose(found.after.log_loss, after.log_loss, rel_tol=0.05)
+    assert math.isclose(found.before.log_loss, before.log_loss, rel_tol=0.05)
+    for was, now in zip(unseen.log_odds, calibrated(unseen, found).log_odds, strict=True):
+        assert np.argsort(was).tolist() == np.argsort(now).tolist()
+
+
+def test_fit_of_calibrated_scores_changes_next_to_nothing() -> None:
+    right = calibrated(overconfident(), fit(overconfident()))
+    found = fit(right)
+    assert math.isclose(found.temperature, 1, abs_tol=1e-4)
+    assert math.isclose(found.bias, 0, abs_tol=1e-4)
+
+
+def test_calibrated_log_odds_are_what_the_core_makes_scores_of() -> None:
+    some = overconfident(MIN_KEPT + 10)
+    found = fit(some)
+    served = Calibration(found.temperature, found.bias)
+    for was, now in zip(some.log_odds, calibrated(some, found).log_odds, strict=True):
+        assert [probability(value) for value in now] == [served.probability(v) for v in was]
+
+
+def test_log_loss_equals_hand_computed() -> None:
+    some = scored([[math.log(3), 0.0]], [[1, 0]])
+    assert math.isclose(quality(some).log_loss, -(math.log(0.75) + math.log(0.5)) / 2)
+    extreme = scored([[-2000.0, 2000.0]], [[1, 0]])
+    assert quality(extreme).log_loss == 2000.0
+
+
+def test_shuffled_labels_are_refused_because_nothing_is_gained() -> None:
+    with pytest.raises(DataError, match="the scores say nothing about these labels"):
+        fit(shuffled(overconfident()))
+
+
+def test_scores_that_rank_backwards_are_refused() -> None:
+    some = overconfident()
+    backwards = [[-value for value in row] for row in some.log_odds]
+    with pytest.raises(DataError, match=r"say nothing .* Check the labels"):
+        fit(ScoredSet("backwards", some.lists, backwards))
+
+
+def test_separable_labels_are_refused() -> None:
+    with pytest.raises(DataError, match=r"no finite temperature fits.* Add harder candidates"):
+        fit(scored([[1.0, -1.0]] * 40, [[1, 0]] * 40))
+
+
+@pytest.mark.parametrize(
+    ("labels", "counts"),
+    [
+        ([[1, 0]] * 19, "got 19 and 19 of 19"),
+        ([[1, 1]] * 40, "got 40 and 0 of 40"),
+        ([[0, 0]] * 40, "got 0 and 40 of 40"),
+        ([[1, 0] * 500] * 3, "got 3 and 3 of 3"),
+    ],
+)
+def test_too_few_judgments_are_refused(labels: list[list[int]], counts: str) -> None:
+    log_odds = [[float(i) for i in range(len(row))] for row in labels]
+    with pytest.raises(DataError, match=f"needs 20 queries .* {counts}. Judge more queries"):
+        fit(scored(log_odds, labels))
+
+
+def test_precision_at_counts_what_is_kept() -> None:
+    some = scored([[3.0, 1.0, -1.0], [2.0, -3.0]], [[1, 0, 1], [1, 0]])
+    found = precision_at(some, 0.5)
+    assert found is not None
+    assert (found.kept, found.precision, found.recall) == (3, 2 / 3, 2 / 3)
+    assert found.low < 2 / 3 < found.high
+    assert precision_at(some, 0.999) is None
+
+
+def test_lowest_threshold_reaches_the_precision_and_the_one_below_does_not() -> None:
+    some = calibrated(overconfident(), fit(overconfident()))
+    thresholds = curve(some)
+    found = lowest(thresholds, 0.9)
+    assert found is not None
+    below = precision_at(some, found.score_threshold - 0.001)
+    assert found.precision >= 0.9 > below.precision if below else True
+    assert found.low < 0.9 < found.high
+    # P is a share here, so the threshold lies below the precision of all above it.
+    assert 0.6 < found.score_threshold < 0.9
+    assert lowest(thresholds, 0.9999) is None
+    assert min(each.kept for each in thresholds) >= MIN_KEPT
+
+
+def test_interval_of_independent_pairs_is_wilsons() -> None:
+    # Newcombe 1998, table I: 81 of 263.
+    labels = [[1]] * 81 + [[0]] * 182
+    found = precision_at(scored([[1.0]] * 263, labels), 0.5)
+    assert found is not None
+    assert [found.low, found.high] == pytest.approx([0.2553, 0.3662], abs=2e-4)
+
+
+def test_interval_of_certain_looking_pairs_has_a_width() -> None:
+    found = precision_at(scored([[1.0, 1.0]] * 20, [[1, 1]] * 20), 0.5)
+    assert found is not None
+    assert found.high == 1
+    assert 0.8 < found.low < 0.9  # as 20 of 20, not 40 of 40
+
+
+def test_interval_covers_the_truth_where_pairs_of_a_query_are_alike() -> None:
+    rng, truth, rounds = np.random.default_rng(0), 0.8, 400
+    covered = {"by query": 0, "pair by pair": 0}
+    for _ in range(rounds):
+        shares = rng.beta(2, 0.5, size=60)
+        labels = [(rng.random(5) < share).astype(int).tolist() for share in shares]
+        apart = [[label] for row in labels for label in row]
+        for name, rows in (("by query", labels), ("pair by pair", apart)):
+            found = precision_at(scored([[1.0] * len(row) for row in rows], rows), 0.5)
+            assert found is not None
+            covered[name] += found.low <= truth <= found.high
+    print(covered)
+    assert 0.93 <= covered["by query"] / rounds <= 0.98
+    assert covered["pair by pair"] / rounds < 0.9
+
+
+WORDS = ["red", "apple", "green", "pear", "blue", "plum"]
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> Iterator[fakes.FakeModel]:
+    model = fakes.FakeModel()
+    with fakes.loaded(monkeypatch, model):
+        yield model
+
+
+def judged(num_queries: int = 60, seed: int = 0) -> list[dict[str, Any]]:
+    """Candidates of which those that share words with the query are mostly the relevant ones."""
+    rng = random.Random(seed)
+    rows = []
+    for i in range(num_queries):
+        first, second, *others = rng.sample(WORDS, 6)
+        texts = [
+            f"{first} {second}", f"{first} {others[0]}", f"{others[1]} {second}",
+            f"{others[0]} {others[1]}", f"{others[2]} {others[3]}",
+        ]  # fmt: skip
+        chances = [0.9, 0.4, 0.4, 0.05, 0.05]
+        rows.append(
+            {
+                "query": f"{first} {second} {i}",
+                "candidates": [
+                    {"text": text, "label": 2 * (rng.random() < chance)}
+                    for text, chance in zip(texts, chances, strict=True)
+                ],
+            }
+        )
+    return rows
+
+
+def write(file: Path, rows: list[dict[str, Any]]) -> str:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def as_pairs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {"query": row["query"], "document": each["text"], "label": each["label"]}
+        for row in rows
+        for each in row["candidates"]
+    ]
+
+
+@pytest.fixture
+def calibrate(
+    model: fakes.FakeModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[dict[str, Any], list[str]]]:
+    def run(rows: list[dict[str, Any]], *options: str) -> tuple[dict[str, Any], list[str]]:
+        folder = tmp_path / "calibration"
+        file = write(tmp_path / "dev.jsonl", rows)
+        arguments = ["--model", "model", "--eval_file", file, "--output_dir", str(folder)]
+        assert main(["calibrate", *arguments, *options]) == 0
+        record = json.loads((folder / "calibration.json").read_text())
+        assert (folder / "calibration.png").read_bytes().startswith(b"\x89PNG")
+        return record, capsys.readouterr().out.splitlines()
+
+    return run
+
+
+def test_record_says_what_was_fitted_and_the_last_line_uses_it(
+    calibrate: Callable[..., tuple[dict[str, Any], list[str]]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    record, lines = calibrate(judged())
+    assert record["after"]["log_loss"] < record["before"]["log_loss"]
+    assert record["after"]["ece"] < record["before"]["ece"]
+    assert record["model"] == {"name": "model", "adapter": None, "fingerprint": "of the fake"}
+    fitted_on = record["fitted_on"]
+    assert fitted_on["files"] == ["dev.jsonl"]
+    assert (fitted_on["queries"], fitted_on["pairs"]) == (60, 300)
+    threshold = record["threshold"]
+    assert threshold["target"] == 0.9 <= threshold["precision"]
+    assert any(
+        line.startswith(f"score_threshold={threshold['score_threshold']:g} ") for line in lines
+    )
+    program, *command = shlex.split(lines[-1])
+    assert program == "qwen3-reranker"
+    assert command[-6:-4] == ["--threshold", f"{threshold['score_threshold']:g}"]
+    command[-3:] = ["red apple", "red apple", "blue plum"]
+    assert rerank(command) == 0
+    assert "red apple" in capsys.readouterr().out
+
+
+def test_labelled_pairs_are_read_as_well(
+    calibrate: Callable[..., tuple[dict[str, Any], list[str]]],
+) -> None:
+    lists, _ = calibrate(judged())
+    pairs, _ = calibrate(as_pairs(judged()))
+    assert math.isclose(lists["temperature"], pairs["temperature"])
+    assert lists["fitted_on"] == pairs["fitted_on"]
+
+
+def test_label_from_which_a_document_is_relevant_is_a_setting(
+    calibrate: Callable[..., tuple[dict[str, Any], list[str]]],
+) -> None:
+    rows = judged()
+    for row in rows:
+        row["candidates"][-1]["label"] = 1
+    strict, _ = calibrate(rows, "--relevant_from", "2")
+    loose, _ = calibrate(rows)
+    assert strict["fitted_on"]["relevant"] < loose["fitted_on"]["relevant"]
+    pairs, _ = calibrate(as_pairs(rows), "--relevant_from", "2")
+    assert strict["temperature"] == pytest.approx(pairs["temperature"])
+
+
+def test_precision_that_no_threshold_reaches_is_said(
+    calibrate: Callable[..., tuple[dict[str, Any], list[str]]],
+) -> None:
+    record, lines = calibrate(judged(), "--precision", "0.999")
+    assert record["threshold"] is None
+    assert "No threshold reaches a precision of 0.999 with 20 documents or more; 0." in str(lines)
+    assert "--threshold" not in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        (judged(5), [], "calibrating needs 20 queries"),
+        (judged(), ["--precision", "1"], "--precision must be between 0 and 1, got 1.0"),
+        ([{"query": "q", "candidates": [{"text": "t"}]}], [], "has no labels"),
+        ([], [], "has no rows"),
+        ([{"query": "q"}], [], "1 fault"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_refused_without_a_model(
+    rows: list[dict[str, Any]],
+    options: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fakes.forbid_loading(monkeypatch)
+    file = write(tmp_path / "dev.jsonl", rows)
+    command = ["calibrate", "--model", "m", "--eval_file", file, "--output_dir", str(tmp_path)]
+    assert main([*command, *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "calibration.json").exists()
+
+
+def test_missing_scikit_learn_is_an_error_with_the_command_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("finetune.calibrate", "finetune.fitting"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
+    assert main(["calibrate", "--model", "m", "--eval_file", "f"]) == 2
+    assert 'pip install "qwen3-reranker[finetune,calibration]"' in capsys.readouterr().err
+
+
+def test_calibration_is_written_beside_the_adapter(
+    model: fakes.FakeModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = tmp_path / "my adapter"
+    adapter.mkdir()
+    file = write(tmp_path / "dev.jsonl", judged())
+    command = ["--model", "model", "--adapter", str(adapter), "--eval_file", file]
+    assert main(["calibrate", *command]) == 0
+    assert sorted(each.name for each in adapter.iterdir()) == [
+        "calibration.json",
+        "calibration.png",
+    ]
+    last = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert str(adapter / "calibration.json") in last
+
+
+def test_ece_is_the_one_of_the_reports() -> None:
+    some = overconfident(50)
+    assert quality(some).reliability == metrics.calibration(some)
