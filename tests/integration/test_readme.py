@@ -19,7 +19,7 @@ from tests.servers import serving
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-FOLDERS = ("qwen3_reranker", "finetune", "benchmarks", "tests")
+FOLDERS = ("qwen3_reranker", "finetune", "benchmarks", "recipes", "tests")
 MODEL = "Qwen/Qwen3-Reranker-0.6B"
 SERVER = "http://127.0.0.1:8012"
 ALL_BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
