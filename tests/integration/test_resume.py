@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from finetune.checkpoints import starting_point
 from finetune.output import MANIFEST, commit, verify
 from tests import real_parts, texts
 
+ROOT = Path(__file__).parents[2]
 GO_ON = ["--resume_from_checkpoint", "true"]
 CLOCK = {"groups/s", "tokens/s", "memory_gb"}
 STEPS = 8
@@ -54,7 +56,7 @@ class Runs:
         ]  # fmt: skip
         self._driver = subprocess.Popen(
             [sys.executable, "-m", "tests.resume_driver", *self.argv],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         assert self._driver.stdin is not None
@@ -347,3 +349,24 @@ def test_a_poisoned_row_ends_the_run_by_its_number(runs: Runs, tmp_path: Path) -
     assert len(numbers) == 2
     for left in (tmp_path / "run").glob("checkpoint-*"):
         verify(left)
+
+
+@pytest.mark.slow
+def test_a_run_killed_for_real_goes_on_in_a_new_process(runs: Runs, tmp_path: Path) -> None:
+    def start(folder: Path, *flags: str) -> subprocess.Popen[bytes]:
+        folder.mkdir(exist_ok=True)
+        return subprocess.Popen(
+            [sys.executable, "-m", "finetune", "train", *runs.argv, *flags], cwd=folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert start(whole).wait() == 0
+    process = start(broken)
+    while not (broken / "run/checkpoint-2" / MANIFEST).exists():  # the best, which stays
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert start(broken, *GO_ON).wait() == 0
+    assert outcome(broken) == outcome(whole)
