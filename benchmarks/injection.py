@@ -23,7 +23,8 @@ from tokenizers import Tokenizer
 
 from qwen3_reranker import Reranker
 from qwen3_reranker.checkpoint import locate, read_tokenizer
-from qwen3_reranker.demo import CANDIDATES, embed, read_corpus
+from qwen3_reranker.corpus import read_corpus
+from qwen3_reranker.demo import CANDIDATES, embed
 
 from .workload import describe_machine, write_measurements
 

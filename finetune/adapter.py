@@ -36,6 +36,7 @@ def save_adapter(
 ) -> None:
     """Write weights (safetensors), record, resolved settings and model card.
 
+    The card names the run's output folder, into which the files are to be moved.
     A fully fine-tuned model is written with its tokenizer and loads as a model of its own.
     """
     trainee.save(folder)
@@ -70,7 +71,7 @@ def save_adapter(
         "history": list(history),
     }
     write_json(folder / "run.json", run)
-    (folder / "README.md").write_text(_card(folder, base, run), encoding="utf-8")
+    (folder / "README.md").write_text(_card(str(training.output_dir), base, run), encoding="utf-8")
 
 
 def _name_base(file: Path, name: str) -> None:
@@ -79,7 +80,7 @@ def _name_base(file: Path, name: str) -> None:
     write_json(file, {**settings, "base_model_name_or_path": name})
 
 
-def _card(folder: Path, base: Base, run: Mapping[str, Any]) -> str:
+def _card(folder: str, base: Base, run: Mapping[str, Any]) -> str:
     how = (
         f'reranker = Reranker("{folder}")'
         if base.peft is None

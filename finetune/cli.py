@@ -1,4 +1,4 @@
-"""`qwen3-finetune`: check data, train, evaluate, merge, export.
+"""`qwen3-finetune`: check data, mine negatives, train, evaluate, merge, export.
 
 Decides how settings are written on a command line or in a YAML file. Torch, transformers and TRL
 are imported by the commands that need them.
@@ -7,6 +7,8 @@ are imported by the commands that need them.
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -16,11 +18,12 @@ from qwen3_reranker.errors import InputError, MissingExtraError, Qwen3RerankerEr
 
 _COMMANDS = """commands:
   validate FILE...          check training rows and report every fault
+  mine --corpus FILE        hard negatives from a corpus, filtered by a teacher
   train [--config FILE]     fine-tune, measure before and after, write adapter and report
   evaluate --eval_file FILE compare a model with and without its adapter
   calibrate --eval_file FILE fit scores to judgments; find the threshold of a precision
   merge --output_dir FOLDER an adapter into its base; or several models or adapters into one
-  export --format FORMAT    a model for transformers, vLLM or sentence-transformers
+  export --format FORMAT    a model for transformers, vLLM, sentence-transformers or llama.cpp
 
 Each command has --help. A first run:
   qwen3-finetune train --model_name_or_path Qwen/Qwen3-Reranker-0.6B \\
@@ -29,7 +32,10 @@ Each command has --help. A first run:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit status: 0 done, 2 bad input, 130 interrupted."""
+    """Run the command line; return its exit status.
+
+    0: done. 2: bad input. 74: a checkpoint could not be written. 130, 143: interrupted, terminated.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="qwen3-finetune",
@@ -39,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = {
-        "validate": _validate, "train": _train, "evaluate": _evaluate,
+        "validate": _validate, "mine": _mine, "train": _train, "evaluate": _evaluate,
         "calibrate": _calibrate, "merge": _merge, "export": _export,
     }  # fmt: skip
     parser.add_argument("command", choices=commands, metavar="command")
@@ -77,12 +83,29 @@ def _validate(argv: list[str]) -> int:
     return status
 
 
+def _mine(argv: list[str]) -> int:
+    from .mine import main as mine
+
+    return mine(argv)
+
+
 def _train(argv: list[str]) -> int:
     parser = training_parser()
     arguments, model, training = parse_training(parser, argv)
+    from .checkpoints import StoppedError
+    from .output import WriteError
     from .train import train
 
-    train(arguments, model, training)
+    try:
+        train(arguments, model, training)
+    except (StoppedError, WriteError) as error:
+        print(error, file=sys.stderr)
+        return error.status
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"{error}. Make room, then pass --resume_from_checkpoint true.", file=sys.stderr)
+        return os.EX_IOERR
     return 0
 
 

@@ -64,6 +64,9 @@ class RerankerArguments:
     early_stopping_patience: int = _setting(3, "Evaluations without a gain before the end; 0: off.")
     skip_bad: bool = _setting(False, "Leave faulty rows out, and list them in the run's folder.")
     allow_leaks: bool = _setting(False, "Train although evaluation queries stand in the rows.")
+    allow_changed: bool = _setting(
+        False, "Resume although settings or data are not those of the checkpoint."
+    )
     dry_run: bool = _setting(False, "Stop after the checks that precede training.")
 
     def __post_init__(self) -> None:
@@ -122,7 +125,8 @@ SHOWN = (
     "per_device_train_batch_size", "gradient_accumulation_steps",
     "activation_checkpointing", "gradient_checkpointing",  # the second before transformers 5.19
     "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "bf16", "seed",
-    "logging_steps", "eval_steps", "save_steps", "report_to",
+    "logging_steps", "eval_steps", "save_steps", "save_total_limit", "resume_from_checkpoint",
+    "report_to",
 )  # fmt: skip
 """What `--help` shows; `--help_all` shows the rest."""
 

@@ -29,6 +29,7 @@ __all__ = [
     "TrainingGroup",
     "check_leaks",
     "describe",
+    "normalised",
     "read_training_file",
 ]
 
@@ -57,7 +58,12 @@ class TrainingFile:
 
 
 def read_training_file(
-    path: str, *, instruction: str | None = None, relevant_from: int = 1, skip_bad: bool = False
+    path: str,
+    *,
+    instruction: str | None = None,
+    relevant_from: int = 1,
+    skip_bad: bool = False,
+    needs_negatives: bool = True,
 ) -> TrainingFile:
     """Read training rows of one of four layouts, or report every fault of the file.
 
@@ -73,6 +79,7 @@ def read_training_file(
         instruction: Task sentence of rows that give none.
         relevant_from: Smallest graded label of a pair that is relevant; "yes" and true always are.
         skip_bad: Go on without faulty rows. Of rows that contradict each other the first stays.
+        needs_negatives: Refuse rows without negatives, as nothing can be learnt from them alone.
 
     Raises:
         DataError: If the file cannot be read, has no rows, or has faults that are not skipped.
@@ -83,7 +90,7 @@ def read_training_file(
             f"relevant_from must be at least 1, got {relevant_from}. Label 0 is never relevant."
         )
     rows, sha256 = _open(path)
-    collector = _Collector(Defaults(instruction, relevant_from))
+    collector = _Collector(Defaults(instruction, relevant_from, needs_negatives))
     num_lines, rejected = 0, []
     for row in rows:
         num_lines += 1
@@ -112,17 +119,17 @@ def check_leaks(
     """
     positives: dict[str, set[str]] = {}
     for group in train:
-        known = positives.setdefault(_normalised(group.query), set())
-        known.update(map(_normalised, group.positive))
+        known = positives.setdefault(normalised(group.query), set())
+        known.update(map(normalised, group.positive))
     texts = {document for group in train for document in group.positive}
     messages = []
     for name, lists in evaluation.items():
-        queries = [each.query_id for each in lists if _normalised(each.query) in positives]
+        queries = [each.query_id for each in lists if normalised(each.query) in positives]
         same, other = [], []
         for each in lists:
-            of_query = positives.get(_normalised(each.query), set())
+            of_query = positives.get(normalised(each.query), set())
             for document in _relevant(each):
-                if _normalised(document) in of_query:
+                if normalised(document) in of_query:
                     same.append(each.query_id)
                 elif document in texts:
                     other.append(each.query_id)
@@ -141,7 +148,7 @@ def describe(groups: Sequence[TrainingGroup]) -> list[str]:
     """Return a few lines of counts; queries are compared as by `check_leaks`."""
     if not groups:
         return ["0 queries"]
-    queries = Counter(_normalised(group.query) for group in groups)
+    queries = Counter(normalised(group.query) for group in groups)
     repeated = sum(count > 1 for count in queries.values())
     own = [group.instruction for group in groups if group.instruction is not None]
     lines = [
@@ -155,6 +162,11 @@ def describe(groups: Sequence[TrainingGroup]) -> list[str]:
         if lacking:
             lines.append(f"{lacking} groups without a {kind}")
     return lines
+
+
+def normalised(text: str) -> str:
+    """Return what two texts share that differ in case, spacing and compatibility forms alone."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 class _Collector:
@@ -277,10 +289,6 @@ def _relevant(candidates: CandidateList) -> Iterator[str]:
     for document, label in zip(candidates.texts, candidates.labels or (), strict=False):
         if label > 0:
             yield document
-
-
-def _normalised(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def _spread(what: str, counts: Sequence[int]) -> str:

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
 
+from accelerate import PartialState  # type: ignore[import-untyped]
+from accelerate.utils import gather_object  # type: ignore[import-untyped]
 from tqdm import tqdm
 
 from qwen3_reranker import Reranker, checkpoint
@@ -51,7 +53,11 @@ class Evaluation:
     max_batch_tokens: int
 
     def score(self) -> Scores:
-        """Return the log-odds of every candidate, without gradients and in evaluation mode."""
+        """Return the log-odds of every candidate, without gradients and in evaluation mode.
+
+        Where training has several processes each scores its share and all get everything, so that
+        they decide alike.
+        """
         network, tokenizer = self.trainee.network, self.trainee.tokenizer
         was_training = network.training
         network.eval()
@@ -71,11 +77,18 @@ class Evaluation:
             (row,) = engine.submit([group]).result().log_odds
             return [float(value) for value in row]
 
+        state = PartialState()
+        count = state.num_processes
+        share = {name: rows[state.process_index :: count] for name, rows in self.lists.items()}
         try:
-            return _score_lists(self.lists, score)
+            shares = gather_object([_score_lists(share, score)])
         finally:
             engine.close()
             network.train(was_training)
+        return {
+            name: [shares[i % count][name][i // count] for i in range(len(rows))]
+            for name, rows in self.lists.items()
+        }
 
     def measure(self) -> tuple[dict[str, float], list[str]]:
         """Return nDCG@10 of each set, their mean as `ndcg@10`, and what looks wrong."""
@@ -250,7 +263,7 @@ def saved_scores(served: Served, lists: Lists, output: Path) -> Scores:
     texts = [
         [(each.instruction, each.query, each.texts) for each in rows] for rows in lists.values()
     ]
-    files = [_weights(name) for name in (served.model, served.adapter) if name is not None]
+    files = [checkpoint.stamp(name) for name in (served.model, served.adapter) if name is not None]
     key = (files, served.dtype, served.max_length, list(lists), texts)
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     file = output / f"scores-{digest}.json"
@@ -325,13 +338,6 @@ def next_step(model: str, adapter: str | None, *options: str) -> str:
     adapted = [] if adapter is None else ["--adapter", adapter]
     names = shlex.join(["--model", model, *adapted, *options])
     return f'qwen3-reranker rank {names} -q "your query" "first document" "second document"'
-
-
-def _weights(name: str) -> list[tuple[str, int, int]]:
-    """Return path, size and time of a model's weights: other weights, another answer."""
-    folder, gguf_file = checkpoint.locate(name, None)
-    found = sorted(folder.glob(gguf_file or "*.safetensors"))
-    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found]
 
 
 def _sha256(path: str | Path) -> str:

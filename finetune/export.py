@@ -2,13 +2,13 @@
 
 Decides the files of each format. `seq-cls` is a sequence classifier of one label, whose logit is
 the log-odds (vLLM, transformers, text pipelines). `sentence-transformers` is the causal model with
-a chat template that its `CrossEncoder` reads. Knows nothing of training.
+a chat template that its `CrossEncoder` reads, and what vLLM must know to make a classifier of it.
+`gguf` is one file for llama.cpp, see `gguf_export`. Knows nothing of training.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,10 +19,13 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
+from qwen3_reranker.checkpoint import read_json
 from qwen3_reranker.errors import InputError, MissingExtraError
 from qwen3_reranker.loading import yes_no_row
-from qwen3_reranker.prompt import PromptTemplate
 
+from .adapter import write_json
+from .gguf_export import FILE, score_gguf, write_gguf
+from .publish import push_to_hub, refuse_without_token, write_card
 from .whole import (
     SAMPLE,
     Whole,
@@ -48,10 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     output = new_folder(arguments.output_dir)
-    write, check, step = _FORMATS[arguments.format]
-    fill(output, partial(_export, arguments.model, arguments.adapter, write, check))
+    if arguments.push_to_hub is not None:
+        refuse_without_token()
+    fill(output, partial(_export, arguments))
     print(f"Written: {output}")
-    print(step.format(output))
+    if arguments.push_to_hub is not None:
+        push_to_hub(output, arguments.push_to_hub)
+    print(_FORMATS[arguments.format][2].format(output))
     return 0
 
 
@@ -64,6 +70,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--adapter", help="LoRA weights to merge")
     parser.add_argument("--format", choices=_FORMATS, required=True)
     parser.add_argument("--output_dir", required=True, help="a folder that does not exist yet")
+    parser.add_argument(
+        "--instruction", help="task sentence of the prompt that is written; default: the model's"
+    )
+    parser.add_argument(
+        "--push_to_hub", metavar="NAME", help="upload the result, privately if NAME is new"
+    )
     return parser
 
 
@@ -71,13 +83,18 @@ Write = Callable[[Whole, Path], None]
 Check = Callable[[Whole, Path], NDArray[np.float64]]
 
 
-def _export(model: str, adapter: str | None, write: Write, check: Check, folder: Path) -> None:
+def _export(arguments: argparse.Namespace, folder: Path) -> None:
     """Write the files, and compare what they score with what the source does."""
-    whole = load_whole(model, adapter)
+    model, adapter = arguments.model, arguments.adapter
+    write, check, usage = _FORMATS[arguments.format]
+    whole = load_whole(model, adapter, arguments.instruction)
+    template = whole.tokenizer.template
     write(whole, folder)
+    write_card(folder, model, template, whole.instruction, usage.format(folder.name))
     expected = sample_scores(
-        model, adapter=adapter, dtype=whole.dtype_name, template=whole.tokenizer.template
-    )
+        model, adapter=adapter, dtype=whole.dtype_name, template=template,
+        instruction=whole.instruction,
+    )  # fmt: skip
     bound = _TOLERANCES.get(whole.dtype_name, _HALF_TOLERANCE)
     refuse_difference("the export", "its source", check(whole, folder), expected, bound)
 
@@ -99,6 +116,8 @@ def write_classifier(whole: Whole, folder: Path) -> None:
             classifier.score.weight.copy_(yes_no_row(full, whole.tokenizer)[None])
         full = classifier
     whole.save(folder, full)
+    # vLLM applies it when told to; under the usual name others would, around a whole prompt.
+    (folder / "score_template.jinja").write_text(_chat_template(whole), encoding="utf-8")
 
 
 def write_cross_encoder(whole: Whole, folder: Path) -> None:
@@ -109,30 +128,25 @@ def write_cross_encoder(whole: Whole, folder: Path) -> None:
             "without the prompt. Export the causal checkpoint it came from."
         )
     whole.save(folder)
-    (folder / "chat_template.jinja").write_text(
-        chat_template(whole.tokenizer.template), encoding="utf-8"
-    )
+    (folder / "chat_template.jinja").write_text(_chat_template(whole), encoding="utf-8")
+    template, config = whole.tokenizer.template, folder / "config.json"
+    # With these vLLM subtracts the two rows, as its `is_original_qwen3_reranker` would have it do.
+    as_classifier = {
+        "classifier_from_token": [template.no, template.yes], "method": "from_2_way_softmax",
+    }  # fmt: skip
+    write_json(config, {**read_json(config), **as_classifier})
 
 
-def chat_template(template: PromptTemplate) -> str:
-    """Return the prompt as Jinja, for messages of the roles system, query and document.
-
-    A system message is the instruction.
-    """
-    by_role = '(messages | selectattr("role", "eq", "{}") | map(attribute="content") | first)'
-    instruction, query, document = map(by_role.format, ("system", "query", "document"))
-    default = json.dumps(template.default_instruction)
-    body = template.render(
-        f"{{{{ {instruction} | default({default}, true) }}}}",
-        f"{{{{ {query} }}}}",
-        f"{{{{ {document} }}}}",
-    )
-    return body + "\n"  # Jinja drops one newline at the end
+def _chat_template(whole: Whole) -> str:
+    return whole.tokenizer.template.as_jinja(whole.instruction)
 
 
 def _prompts(whole: Whole) -> list[list[int]]:
     """Return the ids of each prompt of the sample."""
-    groups = [whole.tokenizer.encode_group(None, q, d, max_length=8192) for q, d in SAMPLE]
+    groups = [
+        whole.tokenizer.encode_group(whole.instruction, query, documents, max_length=8192)
+        for query, documents in SAMPLE
+    ]
     return [
         [*group.head.tolist(), *document.tolist()]
         for group in groups
@@ -167,9 +181,14 @@ def score_cross_encoder(whole: Whole, folder: Path) -> NDArray[np.float64]:
 _FORMATS: dict[str, tuple[Write, Check, str]] = {
     "seq-cls": (
         write_classifier, score_classifier,
-        'transformers.AutoModelForSequenceClassification.from_pretrained("{}")',
+        'transformers.AutoModelForSequenceClassification.from_pretrained("{0}")\n'
+        "vllm serve {0} --runner pooling --chat-template {0}/score_template.jinja",
     ),
     "sentence-transformers": (
-        write_cross_encoder, score_cross_encoder, 'sentence_transformers.CrossEncoder("{}")',
+        write_cross_encoder, score_cross_encoder,
+        'sentence_transformers.CrossEncoder("{0}")\n'
+        "vllm serve {0} --runner pooling --convert classify "
+        "--chat-template {0}/chat_template.jinja",
     ),
+    "gguf": (write_gguf, score_gguf, "llama-server --rerank --model {}/" + FILE),
 }  # fmt: skip

@@ -46,10 +46,17 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A group as the model sees it: token ids, and a target per document, aligned."""
+    """A group as the model sees it: token ids, and a target per document, aligned.
+
+    Attributes:
+        encoded: Token ids of the query and of each document.
+        targets: What the scores should become.
+        row: Position of the group among the accepted rows of all training files.
+    """
 
     encoded: EncodedGroup
     targets: list[float]
+    row: int
 
     @property
     def num_tokens(self) -> int:
@@ -96,13 +103,13 @@ class GroupDataset(Dataset[Example]):
             max_length=sampling.max_length,
         )
         if not sampling.with_scores:
-            return Example(encoded, [float(i < num_positives) for i in chosen])
+            return Example(encoded, [float(i < num_positives) for i in chosen], index)
         if row.scores is None:
             raise InputError(
                 f"row {index} has no teacher scores, but the loss is distill. Add "
                 '"scores": {"positive": [...], "negative": [...]} to every row.'
             )
-        return Example(encoded, [row.scores[i] for i in chosen])
+        return Example(encoded, [row.scores[i] for i in chosen], index)
 
     def _instruction(self, rng: random.Random, instruction: str | None) -> str | None:
         if instruction is None or rng.random() < self._sampling.instruction_dropout:

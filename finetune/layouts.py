@@ -39,10 +39,12 @@ class Defaults:
     Attributes:
         instruction: Task sentence of rows that give none.
         relevant_from: Smallest graded label that is relevant.
+        needs_negatives: Whether a row must have negatives; of labelled pairs none must.
     """
 
     instruction: str | None = None
     relevant_from: int = 1
+    needs_negatives: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,8 @@ def parse(row: dict[str, Any], layout: Layout, defaults: Defaults) -> TrainingGr
 
 def _read_lists(row: dict[str, Any], defaults: Defaults) -> TrainingGroup:
     query, instruction = _query(row), _instruction(row, "instruction", defaults)
-    positive, negative = _documents(row, "positive"), _documents(row, "negative")
+    positive = _documents(row, "positive")
+    negative = _documents(row, "negative", is_needed=defaults.needs_negatives)
     scores = row.get("scores")
     if scores is not None:
         if not isinstance(scores, dict):
@@ -113,15 +116,19 @@ def _read_messages(row: dict[str, Any], defaults: Defaults) -> TrainingGroup:
     system, query = _messages(row.get("messages"), "messages", ("user",))
     instruction = defaults.instruction if system is None else system
     positive, negative = (
-        _message_documents(row, key, instruction)
-        for key in ("positive_messages", "negative_messages")
+        _message_documents(row, key, instruction, is_needed=is_needed)
+        for key, is_needed in (
+            ("positive_messages", True),
+            ("negative_messages", defaults.needs_negatives),
+        )
     )
     return TrainingGroup(query, positive, negative, instruction)
 
 
 def _read_flag_embedding(row: dict[str, Any], defaults: Defaults) -> TrainingGroup:
     query, instruction = _query(row), _instruction(row, "prompt", defaults)
-    positive, negative = _documents(row, "pos"), _documents(row, "neg")
+    positive = _documents(row, "pos")
+    negative = _documents(row, "neg", is_needed=defaults.needs_negatives)
     scores = None
     if row.get("pos_scores") is not None or row.get("neg_scores") is not None:
         scores = [
@@ -182,16 +189,18 @@ def _instruction(row: dict[str, Any], key: str, defaults: Defaults) -> str | Non
     return value  # an empty one is taken literally, as the core does
 
 
-def _items(row: dict[str, Any], key: str, of: str) -> list[Any]:
+def _items(row: dict[str, Any], key: str, of: str, is_needed: bool) -> list[Any]:
     items = row.get(key)
+    if not is_needed and (items is None or items == []):
+        return []
     if not isinstance(items, list) or not items:
         kind = "an empty one" if isinstance(items, list) else _kind(items)
         raise ValueError(f"{key!r} must be a list of at least one {of}, got {kind}")
     return items
 
 
-def _documents(row: dict[str, Any], key: str) -> list[str]:
-    items = _items(row, key, "string")
+def _documents(row: dict[str, Any], key: str, *, is_needed: bool = True) -> list[str]:
+    items = _items(row, key, "string", is_needed)
     return [_text(item, f"{key}[{i}]") for i, item in enumerate(items)]
 
 
@@ -224,9 +233,11 @@ def _is_relevant(label: object, relevant_from: int) -> bool:
     )
 
 
-def _message_documents(row: dict[str, Any], key: str, instruction: str | None) -> list[str]:
+def _message_documents(
+    row: dict[str, Any], key: str, instruction: str | None, *, is_needed: bool
+) -> list[str]:
     documents = []
-    for i, item in enumerate(_items(row, key, "list of messages")):
+    for i, item in enumerate(_items(row, key, "list of messages", is_needed)):
         system, document = _messages(item, f"{key}[{i}]", ("assistant", "user"))
         if system is not None and system != instruction:
             raise ValueError(

@@ -24,6 +24,7 @@ from qwen3_reranker.errors import InputError
 
 from .adapter import write_json
 from .evaluate import next_step
+from .publish import push_to_hub, refuse_without_token, write_card
 from .whole import fill, load_whole, new_folder, refuse_difference, sample_scores
 
 Coefficients: TypeAlias = Callable[[Callable[[], float]], Sequence[float]]
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     models, adapters = arguments.model, arguments.adapter
     output = new_folder(arguments.output_dir)
+    if arguments.push_to_hub is not None:
+        refuse_without_token()
     if len(models) == len(adapters) == 1:
         if arguments.method != "linear" or arguments.weights:
             raise InputError("an adapter is added whole. Leave --method and --weights out.")
@@ -63,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         write = partial(average, models or adapters, factors)
     fill(output, write)
     print(f"Written: {output}")
+    if arguments.push_to_hub is not None:
+        push_to_hub(output, arguments.push_to_hub)
     print(next_step(str(output), None) if models else next_step(_base_of(output), str(output)))
     return 0
 
@@ -81,6 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--weights", nargs="+", type=float, help="one for each; default: equal")
     parser.add_argument("--output_dir", required=True, help="a folder that does not exist yet")
+    parser.add_argument(
+        "--push_to_hub", metavar="NAME", help="upload the result, privately if NAME is new"
+    )
     return parser
 
 
@@ -129,6 +137,8 @@ def merge_into_base(model: str, adapter: str, folder: Path) -> None:
     """Write a model with an adapter added in float32, rounded to its base's own dtype."""
     whole = load_whole(model, adapter)
     whole.save(folder)
+    usage = f'qwen3_reranker.Reranker("{folder.name}")'
+    write_card(folder, model, whole.tokenizer.template, whole.instruction, usage)
     found = sample_scores(str(folder), dtype=whole.dtype_name)
     expected = sample_scores(model, adapter=adapter, dtype=whole.dtype_name)
     refuse_difference("the merged model", "base and adapter", found, expected, _PARITY)

@@ -7,51 +7,36 @@ that training saw.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import copy
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import transformers
 
 from qwen3_reranker import Reranker, checkpoint, inputs, loading
-from qwen3_reranker.candidates import CandidateList
-from qwen3_reranker.errors import DataError, Qwen3RerankerError
+from qwen3_reranker.errors import InputError, Qwen3RerankerError
 
 from . import losses
 from .adapter import save_adapter
+from .checkpoints import Checkpoints, Start, is_complete, starting_point
 from .config import RerankerArguments
-from .data import TrainingFile, TrainingGroup, check_leaks, describe, read_training_file
-from .evaluate import Evaluation, compare_sets, next_step, read_lists
+from .evaluate import Evaluation, compare_sets, next_step
 from .groups import GroupDataset, Sampling
+from .output import UNFINISHED, commit, only_run, publish, space_warnings, writing
 from .preflight import answer_mass, mass_warnings, preflight, quantization_warnings
+from .reading import Say, file_lines, paraphrases, read_data, write_rejected
 from .report import Report, summary_lines, write_report
+from .settings import deciding_settings
 from .trainee import Base, Trainee, load_trainee
 from .trainer import GroupTrainer
 
 _PARITY = {"float32": 1e-4}
 """Largest difference of log-odds between training and the reloaded adapter; else `_HALF_PARITY`."""
 _HALF_PARITY = 0.5
-
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Data:
-    """Everything a run reads.
-
-    Attributes:
-        files: Training files as they were read.
-        rows: Their groups.
-        lists: Judged candidate lists by set; those of `guards` are never trained towards.
-        guards: Names of the sets of another domain.
-    """
-
-    files: list[TrainingFile]
-    rows: list[TrainingGroup]
-    lists: dict[str, list[CandidateList]]
-    guards: frozenset[str]
 
 
 def train(
@@ -66,7 +51,7 @@ def train(
         arguments: Data, objective and evaluation.
         base: The model and its LoRA settings.
         training: The Trainer's arguments; `output_dir` gets the adapter, the run and the report.
-        say: Called with each line that the user should see.
+        say: Called with each line that the user should see, by the first process alone.
 
     Returns:
         The folder of the adapter; `Reranker(base, adapter=folder)` serves it.
@@ -74,9 +59,16 @@ def train(
     Raises:
         DataError: With every fault of the data.
         ModelLoadError: If the base cannot be trained.
+        InputError: If the output folder holds another run, or one is writing to it; or if the
+            processes cannot share a step.
+        StoppedError: If a signal stopped it; its state is saved.
+        WriteError: If the disk is full; earlier checkpoints are whole.
         Qwen3RerankerError: If the reloaded adapter does not score as in training.
     """
     output = Path(str(training.output_dir))
+    _check_processes(training)
+    if training.process_index:
+        say = _nothing
     data = read_data(arguments, say)
     transformers.set_seed(training.seed)
     trainee = load_trainee(base, device=training.device, template=_template(arguments))
@@ -96,30 +88,52 @@ def train(
     if arguments.dry_run:
         say("Dry run: nothing was trained. Leave out --dry_run to train.")
         return output
+    deciding = deciding_settings(arguments, training, base, trainee, data)
     output.mkdir(parents=True, exist_ok=True)
-    _write_rejected(data, output)
-    everything = Evaluation(trainee, data.lists, max_length, budget)
-    if data.lists:
-        say("Ranking the evaluation sets before training.")
-    before = everything.score()
-    history = _optimise(arguments, training, trainee, dataset, everything, data.guards, budget)
-    if data.lists:
-        say("Ranking them with the trained model.")
-    after = everything.score()
-    save_adapter(output, trainee, base, arguments, training, data.files, history)
-    _check_reloaded(output, base, trainee, everything, after)
-    report = Report(
-        title=f"{base.name} fine-tuned",
-        base=base.name,
-        adapter=str(output),
-        settings=_settings(arguments, training, base, mass),
-        data=[line for file in data.files for line in _file_lines(file)],
-        sets=compare_sets(data.lists, before, after, data.guards),
-        history=history,
-        warnings=warnings,
-        next_step=next_step(*_served(base, output)),
-    )
-    write_report(output, report)
+    with only_run(output) if training.should_save else nullcontext():
+        if is_complete(output, deciding, allow_changed=arguments.allow_changed):
+            say(f"'{output}' is already complete; nothing was changed.")
+            return output
+        start = starting_point(
+            output, training.resume_from_checkpoint, deciding, say=say,
+            allow_changed=arguments.allow_changed, needs_best=training.load_best_model_at_end,
+        )  # fmt: skip
+        kept = training.save_total_limit
+        safe = Checkpoints(output, deciding, limit=kept, num_bytes=trainee.num_bytes)
+        for warning in space_warnings(output, trainee.num_bytes, (kept or 1) + 1):
+            say(f"WARNING: {warning}")
+        write_rejected(data, output)
+        everything = Evaluation(trainee, data.lists, max_length, budget)
+        if data.lists:
+            say("Ranking the evaluation sets before training.")
+        before = everything.score()
+        watched = everything.without(data.guards).sample(arguments.max_eval_queries, training.seed)
+        history = _optimise(arguments, training, trainee, dataset, watched, budget, safe, start)
+        if data.lists:
+            say("Ranking them with the trained model.")
+        after = everything.score()
+        if not training.should_save:
+            return output
+        unfinished = output / UNFINISHED
+        shutil.rmtree(unfinished, ignore_errors=True)
+        with writing(unfinished, trainee.num_bytes):
+            save_adapter(unfinished, trainee, base, arguments, training, data.files, history)
+        _check_reloaded(unfinished, base, trainee, everything, after)
+        report = Report(
+            title=f"{base.name} fine-tuned",
+            base=base.name,
+            adapter=str(output),
+            settings=_settings(arguments, training, base, mass),
+            data=[line for file in data.files for line in file_lines(file)],
+            sets=compare_sets(data.lists, before, after, data.guards),
+            history=history,
+            warnings=warnings,
+            next_step=next_step(*_served(base, output)),
+        )
+        with writing(unfinished, trainee.num_bytes):
+            names = publish(unfinished, output)
+            write_report(output, report)
+            commit(output, [*names, "report.json", "report.html"], deciding)
     for line in summary_lines(report):
         say(line)
     say(f"Report: {output / 'report.html'}")
@@ -128,52 +142,23 @@ def train(
     return output
 
 
-def read_data(arguments: RerankerArguments, say: Say) -> Data:
-    """Read and check training rows and candidate lists.
-
-    Raises:
-        DataError: With every fault of every file, or the leaks between the two.
-    """
-    faults: list[str] = []
-    files: list[TrainingFile] = []
-    for number, path in enumerate(arguments.train_file):
-        try:
-            files.append(
-                read_training_file(
-                    path,
-                    instruction=arguments.instruction_of(number),
-                    relevant_from=arguments.relevant_from,
-                    skip_bad=arguments.skip_bad,
-                )
-            )
-        except DataError as error:
-            faults.append(str(error))
-    lists: dict[str, list[CandidateList]] = {}
-    try:
-        lists = read_lists([*arguments.eval_file, *arguments.guard_file])
-    except DataError as error:
-        faults.append(str(error))
-    if faults:
-        raise DataError("\n".join(faults))
-    for file in files:
-        for line in _file_lines(file):
-            say(line)
-    rows = [group for file in files for group in file.groups]
-    if not rows:
-        raise DataError("no training rows are left. Correct the faults listed as rejected.")
-    leaks = check_leaks(rows, lists)
-    # A corpus shared by many queries is usual; a query shared by both sides is not.
-    grave = [leak for leak in leaks if "training positives of other queries" not in leak]
-    if grave and not arguments.allow_leaks:
-        raise DataError(
-            "evaluation and training overlap, so that the figures would flatter:\n"
-            + "\n".join(grave)
-            + "\nTake those rows out of training, or pass --allow_leaks."
+def _check_processes(training: transformers.TrainingArguments) -> None:
+    if training.n_gpu > 1:  # the Trainer would cut packs into pieces for its DataParallel
+        raise InputError(
+            f"one process sees {training.n_gpu} GPUs, and each needs its own. Start one for each: "
+            f"torchrun --nproc-per-node {training.n_gpu} -m finetune train ..., or show it one by "
+            "CUDA_VISIBLE_DEVICES=0."
         )
-    for leak in leaks:
-        say(f"WARNING: {leak}")
-    names = list(lists)
-    return Data(files, rows, lists, frozenset(names[len(arguments.eval_file) :]))
+    if training.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise InputError(
+            "FSDP is set, but lists are ranked between steps by layers that FSDP would have taken "
+            "apart. Leave it out: every GPU that serves the model holds it with LoRA, and "
+            "--deepspeed recipes/cluster/zero2.json shares out what full fine-tuning adds."
+        )
+
+
+def _nothing(_: str) -> None:
+    """Say what other processes say: the first has said it."""
 
 
 def sampling(
@@ -184,7 +169,7 @@ def sampling(
         num_positives=arguments.num_positives,
         num_negatives=arguments.num_negatives,
         max_length=max_length,
-        paraphrases=_paraphrases(arguments.paraphrase_file),
+        paraphrases=paraphrases(arguments.paraphrase_file),
         instruction_dropout=arguments.instruction_dropout,
         with_scores=arguments.loss == "distill",
         seed=training.data_seed if training.data_seed is not None else training.seed,
@@ -196,25 +181,36 @@ def _optimise(
     training: transformers.TrainingArguments,
     trainee: Trainee,
     dataset: GroupDataset,
-    everything: Evaluation,
-    guards: frozenset[str],
+    watched: Evaluation,
     budget: int,
+    safe: Checkpoints,
+    start: Start | None,
 ) -> list[dict[str, float]]:
     """Train, keep the best state, and return what was logged."""
-    watched = everything.without(guards).sample(arguments.max_eval_queries, training.seed)
+    ended = start and start.ended()
+    if start and ended:
+        best = start.best() if training.load_best_model_at_end else None
+        trainee.load(best or start.checkpoint)
+        return list(ended.log_history)
     callbacks: list[transformers.TrainerCallback] = []
     if watched.lists and arguments.early_stopping_patience:
         callbacks.append(transformers.EarlyStoppingCallback(arguments.early_stopping_patience))
+    ours = copy.copy(training)
+    ours.save_total_limit = None  # or the Trainer would delete a checkpoint before the next is safe
+    ours.restore_callback_states_from_checkpoint = True  # the patience that early stopping has left
     trainer = GroupTrainer(
         trainee,
-        training,
+        ours,
         dataset,
         loss=group_loss(arguments),
         max_batch_tokens=budget,
         evaluation=watched if watched.lists else None,
         callbacks=callbacks,
+        checkpoints=safe,
     )
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    with safe.signals:
+        trainer.train(resume_from_checkpoint=str(start.checkpoint) if start else None)
+    safe.stop_if_saved(trainer.state.global_step)
     return list(trainer.state.log_history)
 
 
@@ -232,7 +228,7 @@ def group_loss(arguments: RerankerArguments) -> losses.GroupLoss:
 
 
 def _check_reloaded(
-    output: Path,
+    folder: Path,
     base: Base,
     trainee: Trainee,
     evaluation: Evaluation,
@@ -243,7 +239,7 @@ def _check_reloaded(
         return  # the core serves the adapter on full weights, whose scores are others
     dtype = str(next(trainee.network.decoder.layers.parameters()).dtype).removeprefix("torch.")
     bound = _PARITY.get(dtype, _HALF_PARITY)
-    model, adapter = _served(base, output)
+    model, adapter = _served(base, folder)
     reloaded = Reranker(
         model, adapter=adapter, revision=base.revision if adapter else None, dtype=dtype,
         device=str(trainee.network.device), max_length=evaluation.max_length,
@@ -259,7 +255,7 @@ def _check_reloaded(
     if not largest <= bound:
         raise Qwen3RerankerError(
             f"the reloaded adapter scores {largest:.2g} in log-odds away from training, bound "
-            f"{bound:g}, so '{output}' must not be used. Please report this with run.json."
+            f"{bound:g}, so it was left in '{folder}'. Please report this with its run.json."
         )
 
 
@@ -270,35 +266,6 @@ def _served(base: Base, output: Path) -> tuple[str, str | None]:
 
 def _template(arguments: RerankerArguments) -> Any:
     return inputs.template(arguments.template)
-
-
-def _paraphrases(path: str | None) -> dict[str, list[str]]:
-    if path is None:
-        return {}
-    try:
-        content: dict[str, list[str]] = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"'{path}' is not valid JSON. Correct it.") from error
-    is_valid = isinstance(content, dict) and all(
-        isinstance(wordings, list) and all(isinstance(wording, str) for wording in wordings)
-        for wordings in content.values()
-    )
-    if not is_valid:
-        raise DataError(
-            f"'{path}' must map task sentences to lists of other wordings, all strings. Correct it."
-        )
-    return content
-
-
-def _file_lines(file: TrainingFile) -> list[str]:
-    counts = f"{file.num_rows} rows accepted, {len(file.rejected)} rejected"
-    return [f"{file.path}: {counts}, sha256 {file.sha256[:12]}", *describe(file.groups)]
-
-
-def _write_rejected(data: Data, output: Path) -> None:
-    rejected = [fault for file in data.files for fault in file.rejected]
-    if rejected:
-        (output / "rejected.txt").write_text("\n".join(rejected) + "\n", encoding="utf-8")
 
 
 def _settings(

@@ -75,6 +75,13 @@ class Trainee:
         text: str = tokenizer.decode(ids.tolist(), skip_special_tokens=False)
         return text
 
+    @property
+    def num_bytes(self) -> int:
+        """About what a checkpoint takes: the weights that `save` writes, and Adam's two moments."""
+        trained: int = sum(p.nbytes for p in self.full.parameters() if p.requires_grad)
+        whole: int = sum(p.nbytes for p in self.full.parameters())
+        return 2 * trained + (trained if isinstance(self.full, PeftModel) else whole)
+
     def enable_checkpointing(self) -> None:
         """Compute activations again in the backward pass instead of keeping them."""
         full = self.full

@@ -10,15 +10,21 @@ import logging
 import resource
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
 import transformers
+from torch.distributed.tensor import DTensor
 
+from qwen3_reranker.errors import NonFiniteScoreError
+
+from .checkpoints import Checkpoints
 from .evaluate import Evaluation
 from .groups import Example, GroupDataset, training_packs
 from .losses import GroupLoss
+from .output import verify
 from .trainee import Trainee
 
 logger = logging.getLogger(__name__)
@@ -38,6 +44,7 @@ class GroupTrainer(transformers.Trainer):
         max_batch_tokens: Tokens per forward; splits a step, never changes it.
         evaluation: What `evaluate` measures, or None.
         callbacks: As the Trainer's.
+        checkpoints: Makes what is saved safe to go on from, or None.
     """
 
     def __init__(
@@ -50,6 +57,7 @@ class GroupTrainer(transformers.Trainer):
         max_batch_tokens: int,
         evaluation: Evaluation | None,
         callbacks: list[transformers.TrainerCallback] | None = None,
+        checkpoints: Checkpoints | None = None,
     ) -> None:
         if args.gradient_checkpointing:
             trainee.enable_checkpointing()
@@ -62,12 +70,15 @@ class GroupTrainer(transformers.Trainer):
             data_collator=_as_batch,
             train_dataset=rows,
             eval_dataset=rows,  # never read: `evaluate` has lists of its own
-            callbacks=callbacks,
+            callbacks=[*(callbacks or []), *([checkpoints] if checkpoints else [])],
         )
+        self._finite = _FiniteOrStop()
+        self.add_callback(self._finite)
         self._trainee = trainee
         self._loss = loss
         self._max_batch_tokens = max_batch_tokens
         self._evaluation = evaluation
+        self._checkpoints = checkpoints
         self._groups, self._tokens, self._since = 0, 0, perf_counter()
 
     def get_batch_samples(
@@ -111,6 +122,7 @@ class GroupTrainer(transformers.Trainer):
             total += share.detach()
             self._tokens += len(packed.pack.token_ids) if i < len(packs) else 0
         self._groups += len(inputs)
+        self._finite.see(inputs, total)
         return total
 
     def _most(self, count: int) -> int:
@@ -165,6 +177,11 @@ class GroupTrainer(transformers.Trainer):
             self._groups, self._tokens, self._since = 0, 0, perf_counter()
         super().log(logs, start_time)
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        safe = self._checkpoints
+        with nullcontext() if safe is None else safe.saving(self.args, self.state):
+            super()._save_checkpoint(model, trial)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
             self._trainee.save(output_dir or str(self.args.output_dir))
@@ -173,7 +190,52 @@ class GroupTrainer(transformers.Trainer):
         self._trainee.load(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        self._trainee.load(str(self.state.best_model_checkpoint))
+        best = Path(str(self.state.best_model_checkpoint))
+        if self._checkpoints is not None:
+            verify(best)
+        self._trainee.load(best)
+
+
+class _FiniteOrStop(transformers.TrainerCallback):
+    """Ends a run before a loss or gradient that is not finite reaches the weights."""
+
+    def __init__(self) -> None:
+        self._rows: list[int] = []
+
+    def see(self, examples: Sequence[Example], loss: torch.Tensor) -> None:
+        """Take note of a batch.
+
+        Raises:
+            NonFiniteScoreError: If its loss is not finite.
+        """
+        rows = [example.row for example in examples]
+        if not torch.isfinite(loss):
+            raise _not_finite("loss", rows)
+        self._rows += rows
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
+        """Look at the gradients of a step.
+
+        Raises:
+            NonFiniteScoreError: If one is not finite.
+        """
+        rows, self._rows = self._rows, []
+        if args.fp16:
+            return  # its loss scaler skips such a step, and tries a smaller scale
+        gradients = [p.grad for p in parts["model"].parameters() if p.grad is not None]
+        # Of a sharded model each process sees its part, and one that ends, ends them all.
+        local = [each.to_local() if isinstance(each, DTensor) else each for each in gradients]
+        if local and not torch.stack(torch._foreach_norm(local, torch.inf)).isfinite().all():
+            raise _not_finite("gradient", rows)
+
+
+def _not_finite(what: str, rows: Sequence[int]) -> NonFiniteScoreError:
+    numbers = ", ".join(str(row + 1) for row in sorted(rows))
+    return NonFiniteScoreError(
+        f"the {what} is not finite. The step saw rows {numbers}, counted from 1 over the accepted "
+        "rows of all training files. The last checkpoint is from before it: look at their texts "
+        "and scores, or lower --learning_rate."
+    )
 
 
 def _peak_memory_gb(device: torch.device) -> float:

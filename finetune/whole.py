@@ -43,12 +43,14 @@ class Whole:
         full: transformers' model, in the base's own dtype.
         tokenizer_json: Content of its `tokenizer.json`.
         tokenizer: Encodes its prompts.
+        instruction: The task sentence of a prompt for which none is given.
     """
 
     folder: Path
     full: Any
     tokenizer_json: str
     tokenizer: PromptTokenizer
+    instruction: str
 
     @property
     def dtype_name(self) -> str:
@@ -77,8 +79,13 @@ class Whole:
             write_json(folder / "config.json", {**config, "rope_theta": theta})
 
 
-def load_whole(model: str, adapter: str | None) -> Whole:
+def load_whole(model: str, adapter: str | None, instruction: str | None = None) -> Whole:
     """Load a model and add an adapter in float32.
+
+    Args:
+        model: Hub name or folder.
+        adapter: LoRA weights.
+        instruction: None for the prompt's own.
 
     Raises:
         ModelLoadError: If either cannot be used.
@@ -93,14 +100,17 @@ def load_whole(model: str, adapter: str | None) -> Whole:
         full = merge_adapter(full, adapter_folder)
     tokenizer_json = checkpoint.read_tokenizer(folder, gguf_file)
     tokenizer = PromptTokenizer(tokenizer_json, template)
-    return Whole(folder, full.to(dtype), tokenizer_json, tokenizer)
+    instruction = instruction or tokenizer.template.default_instruction
+    return Whole(folder, full.to(dtype), tokenizer_json, tokenizer, instruction)
 
 
-def sample_scores(model: str, **settings: Any) -> NDArray[np.float64]:
+def sample_scores(
+    model: str, *, instruction: str | None = None, **settings: Any
+) -> NDArray[np.float64]:
     """Return the log-odds of the sample."""
     queries, documents = zip(*SAMPLE, strict=True)
     with Reranker(model, **settings) as reranker:
-        rankings = reranker.rank_many(queries, documents)
+        rankings = reranker.rank_many(queries, documents, instruction=instruction)
     return np.array(
         [
             result.log_odds

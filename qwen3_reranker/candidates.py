@@ -1,6 +1,6 @@
 """Candidate lists of a first stage, and how well an order of them is.
 
-Decides what a retrieval file means and how nDCG@10 is counted. Knows nothing of models.
+Decides what a file of them means and how nDCG@10 is counted. Knows nothing of models.
 """
 
 from __future__ import annotations

@@ -64,6 +64,17 @@ def locate(model: str, revision: str | None) -> tuple[Path, str | None]:
     return Path(folder), None
 
 
+def stamp(model: str) -> list[tuple[str, int, int]]:
+    """Return path, size and time of a model's or adapter's weights: others, another answer.
+
+    Raises:
+        ModelLoadError: If they cannot be found.
+    """
+    folder, gguf_file = locate(model, None)
+    found = sorted(folder.glob(gguf_file or "*.safetensors"))
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found]
+
+
 def open_checkpoint(model: str, revision: str | None) -> tuple[Path, str | None, Any]:
     """Return the folder of a checkpoint, the name of a GGUF file, and a supported configuration.
 
@@ -214,10 +225,16 @@ def read_weights(
         )
     lacking = [*report["missing_keys"], *report["mismatched_keys"]]
     if lacking:
+        causal = config.architectures[0].replace("ForSequenceClassification", "ForCausalLM")
+        remedy = (
+            f"It seems to be a causal checkpoint: name {causal} in its config.json."
+            if lacking == ["score.weight"]
+            else "Fetch the checkpoint again."
+        )
         raise ModelLoadError(
             f"the checkpoint in '{folder}' lacks {len(lacking)} tensors that "
             f"{config.architectures[0]} needs, the first is {lacking[0]}; left alone they would be "
-            "random and so would every score. Fetch the checkpoint again."
+            f"random and so would every score. {remedy}"
         )
     return full
 

@@ -1,6 +1,6 @@
 """`qwen3-reranker`: rank documents, serve a model and look at the set-up from a shell.
 
-Decides what is read and printed. Everything else is the library's.
+Decides what is read. Everything else is the library's.
 """
 
 from __future__ import annotations
@@ -11,20 +11,21 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import __version__
-from .candidates import CandidateList, ndcg_at_10, read_candidates
+from .candidates import CandidateList, read_candidates
+from .documents import read_documents
 from .embedded import EMBEDDED
 from .errors import InputError, MissingExtraError, Qwen3RerankerError
 from .inputs import DTYPES
-from .jsonl import STDIN, parse_rows, read_lines
+from .jsonl import STDIN
+from .listing import as_json, print_summary, print_table
 from .prompt import TEMPLATES
 from .results import RankedDocument, cut_ranking
-from .terminal import WIDTH, fit
 
 if TYPE_CHECKING:
+    from .remote import RemoteReranker
     from .reranker import Reranker
 
 _DEFAULT_MODEL = "Qwen/Qwen3-Reranker-0.6B"
@@ -100,6 +101,27 @@ def _parser() -> argparse.ArgumentParser:
     _add_reranker_options(serve)
     serve.set_defaults(run=_serve)
 
+    ui = commands.add_parser(
+        "ui",
+        help="rank documents on a web page",
+        description="Rank documents on a web page that this machine alone can open. --url takes "
+        "the scores from a server; its API key is taken from QWEN3_RERANKER_API_KEY.",
+    )
+    ui.add_argument("model", nargs="?", help=f"default: {_DEFAULT_MODEL}")
+    ui.add_argument("--url", help="address of a rerank server, in place of a model")
+    ui.add_argument("--port", type=int, default=7860, help="default: %(default)s")
+    _add_reranker_options(ui)
+    ui.set_defaults(run=_ui)
+
+    vllm = commands.add_parser(
+        "vllm-command",
+        help="print how to start vLLM so that it scores as this package does",
+    )
+    vllm.add_argument("model", help="Hub name, folder, or what qwen3-finetune export wrote")
+    vllm.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs that share it")
+    vllm.add_argument("--port", type=int, default=8000, help="default: %(default)s")
+    vllm.set_defaults(run=_vllm_command)
+
     doctor = commands.add_parser(
         "doctor",
         help="show versions and choices; with a model, compare its scores with the official ones",
@@ -133,10 +155,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     try:
         from . import demo
     except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"the demo needs {error.name}, which is not installed. Run: "
-            'pip install "qwen3-reranker[demo]"'
-        ) from error
+        raise _missing_extra("the demo", "demo", error) from error
     settings = {name: getattr(arguments, name) for name in ("adapter", "dtype", "device")}
     for line in demo.lines(arguments.model, **settings):
         print(line, flush=True)
@@ -151,10 +170,10 @@ def _rank(arguments: argparse.Namespace) -> int:
         for candidates, ranking in zip(lists, rankings, strict=True):
             kept = cut_ranking(ranking, arguments.top_n, arguments.threshold)
             if arguments.json:
-                print(json.dumps(_as_json(candidates, kept)))
+                print(json.dumps(as_json(candidates, kept)))
             else:
-                _print_table(candidates, kept)
-        _print_summary(lists, rankings, reranker)
+                print_table(candidates, kept)
+        print_summary(lists, rankings, reranker.usage)
     return 0
 
 
@@ -185,9 +204,9 @@ def _candidate_lists(arguments: argparse.Namespace) -> list[CandidateList]:
     if source is None and not texts and sys.stdin is not None and not sys.stdin.isatty():
         source = STDIN
     if source is not None:
-        for name, text in _read_documents(source):
-            ids.append(name)
-            texts.append(text)
+        for document in read_documents(source):
+            ids.append(document.id)
+            texts.append(document.text)
     if not texts:
         raise InputError(
             "there are no documents. Pass them as arguments, with --documents FILE, or on "
@@ -196,86 +215,11 @@ def _candidate_lists(arguments: argparse.Namespace) -> list[CandidateList]:
     return [CandidateList("query", arguments.query, None, ids, texts, None, [])]
 
 
-def _read_documents(path: str) -> list[tuple[str, str]]:
-    if not path.removesuffix(".gz").removesuffix(".xz").endswith(".jsonl"):
-        return [(str(line), text) for line, text in read_lines(path)]
-    return parse_rows(path, _parse_document)
-
-
-def _parse_document(row: dict[str, Any], line: int) -> tuple[str, str]:
-    if not isinstance(row.get("text"), str):
-        raise ValueError("must have a string 'text'")
-    return str(line if row.get("id") is None else row["id"]), row["text"]
-
-
-def _as_json(candidates: CandidateList, ranking: list[RankedDocument]) -> dict[str, Any]:
-    result: dict[str, Any] = {
-        "query_id": candidates.query_id,
-        "query": candidates.query,
-        "results": [
-            {
-                "index": r.index,
-                "id": candidates.ids[r.index],
-                "score": r.score,
-                "log_odds": r.log_odds,
-                "truncated": r.truncated,
-                "text": r.document,
-            }
-            for r in ranking
-        ],
-    }
-    return result
-
-
-def _print_table(candidates: CandidateList, ranking: list[RankedDocument]) -> None:
-    print("\n" + fit(f"{candidates.query_id}: {candidates.query}"))
-    print("rank   score  log-odds  was  document")
-    for rank, result in enumerate(ranking, 1):
-        mark = "~" if result.truncated else " "
-        start = (
-            f"{rank:4d}  {result.score:.4f}  {result.log_odds:+8.3f} {result.index + 1:4d}{mark} "
-        )
-        print(start + fit(result.document, WIDTH - len(start)))
-    if any(result.truncated for result in ranking):
-        print("  ~ the end of this document was cut to --max-length")
-
-
-def _print_summary(
-    lists: list[CandidateList], rankings: list[list[RankedDocument]], reranker: Reranker
-) -> None:
-    usage = reranker.usage
-    lines = [
-        f"queries {len(lists)}, documents {usage.documents}, truncated {usage.truncated}, "
-        f"tokens computed {usage.tokens}"
-    ]
-    judged = [
-        (candidates, candidates.labels, ranking)
-        for candidates, ranking in zip(lists, rankings, strict=True)
-        if candidates.labels is not None
-    ]
-    if judged:
-        before, after = [], []
-        for candidates, labels, ranking in judged:
-            log_odds = {result.index: result.log_odds for result in ranking}
-            given = [-float(i) for i in range(len(labels))]
-            before.append(ndcg_at_10(labels, given, candidates.missing_labels))
-            scores = [log_odds[i] for i in range(len(labels))]
-            after.append(ndcg_at_10(labels, scores, candidates.missing_labels))
-        lines.append(
-            f"nDCG@10 {mean(after):.4f}, in the order given {mean(before):.4f} "
-            f"({len(judged)} queries with labels)"
-        )
-    print("\n" + "\n".join(lines), file=sys.stderr)
-
-
 def _serve(arguments: argparse.Namespace) -> int:
     try:
         from .server import serve
     except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"the server needs {error.name}, which is not installed. Run: "
-            'pip install "qwen3-reranker[serve]"'
-        ) from error
+        raise _missing_extra("the server", "serve", error) from error
     serve(
         _reranker(arguments),
         arguments.model,
@@ -283,6 +227,51 @@ def _serve(arguments: argparse.Namespace) -> int:
         port=arguments.port,
         api_key_file=arguments.api_key_file,
     )
+    return 0
+
+
+def _ui(arguments: argparse.Namespace) -> int:
+    try:
+        from . import ui
+    except ModuleNotFoundError as error:
+        raise _missing_extra("the page", "ui", error) from error
+    if arguments.url is None:
+        arguments.model = arguments.model or _DEFAULT_MODEL
+        reranker = _reranker(arguments)
+        print(f"Loading {arguments.model}.", flush=True)
+        _ = reranker.loaded  # what is wrong with a model is told here, not on the page
+        ui.serve(reranker, arguments.model, port=arguments.port)
+    else:
+        ui.serve(_remote_reranker(arguments), arguments.url, port=arguments.port)
+    return 0
+
+
+def _remote_reranker(arguments: argparse.Namespace) -> RemoteReranker:
+    from .remote import RemoteReranker
+
+    of_a_model = ("model", "adapter", "dtype", "device", "template")
+    given = [name for name in of_a_model if getattr(arguments, name) is not None]
+    if given:
+        raise InputError(
+            "--url takes the scores of a server, which has its own model. Leave out "
+            f"{' and '.join(given)}."
+        )
+    return RemoteReranker(arguments.url, instruction=arguments.instruction)
+
+
+def _missing_extra(part: str, extra: str, error: ModuleNotFoundError) -> MissingExtraError:
+    return MissingExtraError(
+        f"{part} needs {error.name}, which is not installed. Run: "
+        f'pip install "qwen3-reranker[{extra}]"'
+    )
+
+
+def _vllm_command(arguments: argparse.Namespace) -> int:
+    from .vllm_command import vllm_command
+
+    port, gpus = arguments.port, arguments.tensor_parallel_size
+    print(vllm_command(arguments.model, port=port, tensor_parallel_size=gpus))
+    print(f'Then: RemoteReranker("http://127.0.0.1:{port}")', file=sys.stderr)
     return 0
 
 

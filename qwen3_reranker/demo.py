@@ -7,14 +7,11 @@ that imports the integrations, because it shows them; nothing imports it but the
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import textwrap
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from importlib.resources import files
 from statistics import mean
 from time import perf_counter
 from typing import Any
@@ -34,6 +31,7 @@ import llama_index.postprocessor.qwen3_reranker as llama_index_qwen3_reranker
 
 from . import __version__
 from .candidates import ndcg_at_10
+from .corpus import Passage, Query, read_corpus
 from .embedded import EMBEDDED
 from .reranker import Reranker
 from .results import RankedDocument
@@ -44,30 +42,6 @@ CANDIDATES = 10
 
 _SHOWN = 3
 _DIMENSIONS = 512
-
-
-@dataclass(frozen=True, slots=True)
-class Query:
-    """A query and the ids of the passages that answer it."""
-
-    query: str
-    instruction: str | None
-    relevant: list[str]
-
-
-@dataclass(frozen=True, slots=True)
-class Passage:
-    """A passage of the corpus."""
-
-    id: str
-    text: str
-
-
-def read_corpus() -> tuple[list[Passage], list[Query]]:
-    """Return the passages and queries written for this demo."""
-    content = json.loads(files(__package__).joinpath("demo.json").read_text(encoding="utf-8"))
-    passages = [Passage(**passage) for passage in content["passages"]]
-    return passages, [Query(**query) for query in content["queries"]]
 
 
 def embed(text: str) -> list[float]:

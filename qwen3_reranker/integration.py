@@ -13,6 +13,7 @@ from .calibration import Calibration
 from .errors import InputError
 from .reranker import DEFAULT_MAX_LENGTH, Reranker
 from .results import Scorer
+from .windows import WindowScore
 
 _OF_A_MODEL = {
     "model": "Qwen/Qwen3-Reranker-0.6B",
@@ -20,11 +21,16 @@ _OF_A_MODEL = {
     "device": None,
     "dtype": None,
     "max_length": DEFAULT_MAX_LENGTH,
+    "window_score": None,
+    "max_windows": None,
     "calibration": None,
 }
 """Fields that say which model scores, with their defaults."""
 
 _REMOTE = ("http://", "https://")
+
+PASSAGE = "relevance_passage"
+"""Metadata key of the best window of a document that was read in windows."""
 
 
 class Settings(Protocol):
@@ -38,6 +44,8 @@ class Settings(Protocol):
     device: str | None
     dtype: str | None
     max_length: int
+    window_score: WindowScore | None
+    max_windows: int | None
     calibration: Calibration | None
     reranker: Scorer | None
     _held: Scorer | None
@@ -89,6 +97,8 @@ def scorer_of(settings: Settings) -> Scorer:
         device=settings.device,
         dtype=settings.dtype,
         max_length=settings.max_length,
+        window_score=settings.window_score,
+        max_windows=settings.max_windows,
         instruction=settings.instruction,
         calibration=settings.calibration,
     )

@@ -39,11 +39,12 @@ class Row:
     fault: str = ""
 
 
-def read_lines(path: str) -> Iterator[tuple[int, str]]:
-    """Yield (line number, text) of each line that is not blank, without its line ending.
+def read_lines(path: str, *, keep_blank: bool = False) -> Iterator[tuple[int, str]]:
+    """Yield (line number, text) of each line, without its line ending.
 
     Args:
         path: A file, read as gzip or xz if it ends in .gz or .xz, or "-" for standard input.
+        keep_blank: Yield blank lines too.
 
     Raises:
         DataError: If the file cannot be opened, decompressed or decoded as UTF-8.
@@ -53,7 +54,7 @@ def read_lines(path: str) -> Iterator[tuple[int, str]]:
             text = _decode(number, raw)
         except UnicodeDecodeError as error:
             raise DataError(f"{path} line {number}: {_not_utf8(error)}") from error
-        if text.strip():
+        if keep_blank or text.strip():
             yield number, text
 
 

@@ -79,7 +79,7 @@ class YesNoCrossEncoder(torch.nn.Module):
     def forward_alone(self, token_ids: NDArray[np.int64]) -> torch.Tensor:
         """Return the log-odds of one whole prompt by plain causal attention, shape (1,).
 
-        The yardstick of the self-test; nothing else calls it.
+        The yardstick of the self-test and of GGUF exports; nothing else calls it.
         """
         last = [len(token_ids) - 1]
         return self._project(self._last_hidden(token_ids, np.arange(len(token_ids)), last, None))

@@ -86,6 +86,25 @@ class PromptTemplate:
         """Return the whole prompt as one string, to look at or to send to another engine."""
         return self.prefix + self.head(instruction, query) + " " + document + self.suffix
 
+    def as_jinja(self, default_instruction: str | None = None) -> str:
+        """Return the prompt as a chat template, for messages of the roles query and document.
+
+        The instruction is a system message for sentence-transformers and a variable for vLLM.
+
+        Args:
+            default_instruction: Used where neither is given; None is the template's own.
+        """
+        by_role = '(messages | selectattr("role", "eq", "{}") | map(attribute="content") | first)'
+        instruction, query, document = map(by_role.format, ("system", "query", "document"))
+        # As JSON, but for surrogate pairs, which Jinja does not know.
+        default = json.dumps(default_instruction or self.default_instruction, ensure_ascii=False)
+        body = self.render(
+            f"{{{{ {instruction} | default(instruction, true) | default({default}, true) }}}}",
+            f"{{{{ {query} }}}}",
+            f"{{{{ {document} }}}}",
+        )
+        return body + "\n"  # Jinja drops one newline at the end
+
 
 # Model card of Qwen3-Reranker: https://huggingface.co/Qwen/Qwen3-Reranker-0.6B
 QWEN3_RERANKER = PromptTemplate(

@@ -73,6 +73,23 @@ def save_random_qwen3(
     return folder
 
 
+def save_random_adapter(folder: Path, base: Path, *, std: float = 0.05, **settings: Any) -> Path:
+    """Write a LoRA adapter of a base; the folder's name decides its random weights."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(sum(map(ord, folder.name)))
+    full = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | settings
+    tuned = get_peft_model(full, LoraConfig(task_type="CAUSAL_LM", **options))
+    for name, weight in tuned.named_parameters():
+        if "lora_B" in name:  # zero at first, so that an adapter would change nothing
+            torch.nn.init.normal_(weight, std=std)
+    tuned.save_pretrained(folder)
+    return folder
+
+
 def random_config(family: str = "Qwen3", **shape: Any) -> Any:
     """Return the configuration of a tiny network, or of the given shape."""
     import transformers

@@ -59,17 +59,39 @@ def serving(
     environment.pop("QWEN3_RERANKER_API_KEY", None)
     if api_key is not None:
         environment["QWEN3_RERANKER_API_KEY"] = api_key
+    headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+    arguments = [*command, "serve", str(model), "--port", "0", *options]
+    with _running(arguments, environment, "/ready", headers) as server:
+        yield server
+
+
+@contextmanager
+def web_page(*arguments: str, command: Sequence[str] = ()) -> Iterator[Server]:
+    """Run `qwen3-reranker ui` until the block ends; the page can be opened then.
+
+    Args:
+        arguments: What stands after "ui".
+        command: As in `serving`.
+    """
+    command = command or (sys.executable, "-m", "qwen3_reranker")
+    with _running([*command, "ui", "--port", "0", *arguments], {**os.environ}, "/", {}) as server:
+        yield server
+
+
+@contextmanager
+def _running(
+    arguments: Sequence[str], environment: dict[str, str], path: str, headers: dict[str, str]
+) -> Iterator[Server]:
+    """Run a server until the block ends; its path answers with 200 then."""
     with tempfile.TemporaryDirectory() as folder:
         log_file = Path(folder) / "log"
         with log_file.open("wb") as log:
             process = subprocess.Popen(
-                [*command, "serve", str(model), "--port", "0", *options],
-                stdout=log, stderr=subprocess.STDOUT, env=environment,
-            )  # fmt: skip
+                arguments, stdout=log, stderr=subprocess.STDOUT, env=environment
+            )
         try:
             url = _url(process, log_file)
-            headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-            _wait(lambda: httpx.get(f"{url}/ready", headers=headers).status_code == 200, process)
+            _wait(lambda: httpx.get(f"{url}{path}", headers=headers).status_code == 200, process)
             yield Server(url, process, log_file)
         finally:
             process.send_signal(signal.SIGTERM)

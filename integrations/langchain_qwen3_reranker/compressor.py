@@ -18,6 +18,7 @@ from pydantic.json_schema import SkipJsonSchema
 
 from qwen3_reranker import Calibration, RankedDocument, Scorer, inputs
 from qwen3_reranker.integration import (
+    PASSAGE,
     as_calibration,
     as_name,
     check_settings,
@@ -25,8 +26,11 @@ from qwen3_reranker.integration import (
     scorer_of,
 )
 from qwen3_reranker.results import verify_ranking
+from qwen3_reranker.windows import WindowScore
 
 Name = Annotated[str, BeforeValidator(as_name)]
+
+_SCORE = "relevance_score"
 
 
 class Qwen3Reranker(BaseDocumentCompressor):
@@ -60,6 +64,11 @@ class Qwen3Reranker(BaseDocumentCompressor):
     """Name of a dtype; None chooses."""
     max_length: int = 8192
     """Tokens per pair; only a document's end is ever cut."""
+    window_score: WindowScore | None = None
+    """"max" or "mean": what does not fit is read in windows, and the best one's text stands in
+    `metadata["relevance_passage"]`. None cuts."""
+    max_windows: int | None = None
+    """Windows of a document, from its beginning; None reads all of it."""
     calibration: Annotated[Calibration | None, BeforeValidator(as_calibration)] = None
     """File of `qwen3-finetune calibrate`, read at once, or a `Calibration`."""
     reranker: SkipJsonSchema[Scorer | None] = None
@@ -164,9 +173,14 @@ class Qwen3Reranker(BaseDocumentCompressor):
 
 
 def _metadata(document: Document, result: RankedDocument) -> dict[str, Any]:
-    others = {k: value for k, value in document.metadata.items() if k != "relevance_score"}
-    # A document that a failing server left in its place has no score, not even an earlier one.
-    return {**others, "relevance_score": float(result.score)} if result.reranked else others
+    ours = {_SCORE, PASSAGE}
+    found = {key: value for key, value in document.metadata.items() if key not in ours}
+    if result.reranked:  # what a failing server left in its place has not even an earlier score
+        found[_SCORE] = float(result.score)
+    if result.window is not None:
+        start, stop = result.window
+        found[PASSAGE] = document.page_content[start:stop]
+    return found
 
 
 def _call(documents: Sequence[Document], query: str) -> dict[str, Any]:

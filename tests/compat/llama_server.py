@@ -20,6 +20,9 @@ def main(file: str, api_key: str | None) -> None:
     parameters.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_RANK
     parameters.n_ctx, parameters.n_batch, parameters.n_ubatch = 4096, 2048, 2048
     parameters.n_parallel = 1
+    # By default keys and values are float16, which alone moves scores by up to 6e-4.
+    parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     parameters.warmup = False
     parameters.hostnames = ["127.0.0.1"]
     parameters.port = 0

@@ -5,16 +5,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import gguf
 import httpx
 import pytest
 
+from finetune.gguf_export import FILE, write_gguf
+from finetune.whole import load_whole
 from qwen3_reranker import InputError, RemoteError, RemoteProtocolError, RemoteReranker, Reranker
 from tests.compat import clients
 from tests.invariants import check_ranking
@@ -70,25 +72,17 @@ def test_schemathesis_finds_no_server_error(server: Server) -> None:
 
 
 @pytest.fixture(scope="module")
-def write(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    if not importlib.util.find_spec("gguf"):
-        pytest.skip("gguf is not installed")
-    from tests.compat.gguf_reranker import write_rank_gguf
-
+def url(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     target = tmp_path_factory.mktemp("gguf")
-    return lambda **options: write_rank_gguf(folder, target / "tiny.gguf", **options)
-
-
-@pytest.fixture(scope="module")
-def url(write: Callable[..., Path]) -> Iterator[str]:
-    with llama_cpp(write(), clients.KEY) as url:
+    write_gguf(load_whole(str(folder), None), target)
+    with llama_cpp(target / FILE, clients.KEY) as url:
         yield url
 
 
 class TestLlamaCpp:
-    """Our client on real llama.cpp, whose keys and values are float16 by default."""
+    """Our client on real llama.cpp."""
 
-    TOLERANCE = 5e-4
+    TOLERANCE = 1e-5
 
     @pytest.mark.parametrize("path", ["", "/rerank", "/v1/rerank"])
     def test_scores_are_those_in_process(self, url: str, path: str, folder: Path) -> None:
@@ -120,8 +114,12 @@ class TestLlamaCpp:
         with pytest.raises(InputError, match="does not read instructions"):
             reranker.rank(clients.QUERY, clients.DOCUMENTS, instruction="Find planets")
 
-    def test_file_without_template_is_noticed(self, write: Callable[..., Path]) -> None:
-        with llama_cpp(write(with_template=False)) as url:
+    def test_file_without_template_is_noticed(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(gguf.GGUFWriter, "add_chat_template", lambda *_: None)
+        write_gguf(load_whole(str(folder), None), tmp_path)
+        with llama_cpp(tmp_path / FILE) as url:
             reranker = RemoteReranker(url)
             with pytest.raises(RemoteProtocolError, match="applies no prompt template"):
                 reranker.rank(clients.QUERY, clients.DOCUMENTS)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import lzma
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from benchmarks import growth, server_load, training
+from benchmarks import growth, mining, server_load, training
 from benchmarks.trainers import load_ours, load_plain
 from benchmarks.workload import in_new_process
+from tests import texts
 from tests.official import SUFFIX
 
 
@@ -86,3 +88,29 @@ def test_server_load_prints_and_stores_every_concurrency(
     for result in results:
         assert f"| ours | {result['per_second']:.1f} |" in table
         assert 0 < result["p50_ms"] <= result["p95_ms"] <= result["p99_ms"]
+
+
+@pytest.mark.slow  # two trainings
+def test_mining_benchmark_plants_mines_and_trains(
+    checkpoint: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    documents = [document for _, document in texts.ordinary_pairs(40)]
+    candidates = [{"text": text, "label": int(i < 2)} for i, text in enumerate(documents[:6])]
+    rows = {name: [{"query": "the city", "candidates": candidates}] for name in mining.SETS}
+    rows["med_en.train"] = [
+        {"query": f"the {place}", "positive": documents[2 * i : 2 * i + 2],
+         "negative": documents[20:], "instruction": "Find it"}
+        for i, place in enumerate(("river", "city", "paper", "light", "data", "model"))
+    ]  # fmt: skip
+    for name, lines in rows.items():
+        with lzma.open(tmp_path / f"{name}.jsonl.xz", "wt") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+    model = str(checkpoint())
+    command = ["--teacher", model, "--student", model, "--num_rows", "6", "--margin", "0"]
+    output = tmp_path / "figures"
+    for _ in range(2):  # the second run finds everything done
+        assert mining.main([str(tmp_path), *command, "--output_dir", str(output)]) == 0
+        out = capfd.readouterr().out
+        assert out.count("lists with several relevant passages") == 3
+        assert "\nBM25, filtered: " in out
+        assert "| BM25 alone | BM25, filtered |" in out

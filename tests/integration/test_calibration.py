@@ -99,20 +99,10 @@ QUERY, DOCUMENTS = "red apple", ["green pear", "red apple", "red pear", ""]
 
 @pytest.fixture
 def adapter(checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
-    """Write an adapter of random weights that changes one kind of matrix alone."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    full = AutoModelForCausalLM.from_pretrained(checkpoint(), dtype=torch.float32)
-    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["v_proj"])
-    tuned = get_peft_model(full, config)
-    for key, weight in tuned.named_parameters():
-        if "lora_B" in key:
-            torch.nn.init.normal_(weight, std=0.05)
-    tuned.save_pretrained(tmp_path / "adapter")
-    return tmp_path / "adapter"
+    """Write an adapter that changes one kind of matrix alone."""
+    return real_parts.save_random_adapter(
+        tmp_path / "adapter", checkpoint(), target_modules=["v_proj"]
+    )
 
 
 def calibration_for(file: Path, model: Path, **settings: Any) -> Path:

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from qwen3_reranker.cli import main
-from qwen3_reranker.demo import CANDIDATES, embed, read_corpus
+from qwen3_reranker.corpus import read_corpus
+from qwen3_reranker.demo import CANDIDATES, embed
 
 
 def columns(line: str) -> int:

@@ -81,3 +81,43 @@ def test_zero_2_learns_what_one_process_learns(
     assert distance(first["weights"], second["weights"]) == 0
     assert distance(first["weights"], alone["weights"]) < 1e-5
     assert first["losses"] == pytest.approx(alone["losses"], abs=2e-4)
+
+
+def test_a_run_of_two_processes_is_the_run_of_one(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """From the command line to the report, which one of them writes."""
+    recipe = ROOT / "recipes/support"
+    train = (recipe / "train.jsonl").read_text().splitlines()[:8]
+    (tmp_path / "train.jsonl").write_text("\n".join(train))
+    lists = (recipe / "dev.jsonl").read_text().splitlines()[:3]  # no multiple of two
+    (tmp_path / "dev.jsonl").write_text("\n".join(lists))
+
+    def run(name: str, processes: int) -> tuple[dict[str, torch.Tensor], Any, str]:
+        done = subprocess.run(
+            [
+                sys.executable, "-m", "torch.distributed.run", "--standalone",
+                "--nproc-per-node", str(processes), "-m", "finetune", "train",
+                "--model_name_or_path", str(checkpoint()), "--output_dir", str(tmp_path / name),
+                "--train_file", str(tmp_path / "train.jsonl"),
+                "--eval_file", str(tmp_path / "dev.jsonl"), "--use_cpu", "true",
+                "--per_device_train_batch_size", str(4 // processes), "--num_train_epochs", "1",
+                "--adam_epsilon", "1e-3", "--max_length", "256", "--num_negatives", "3",
+            ],
+            cwd=ROOT, capture_output=True, text=True, timeout=400,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        report = json.loads((tmp_path / name / "report.json").read_text())
+        weights = load_file(tmp_path / name / "adapter_model.safetensors")
+        return weights, report["sets"], done.stdout
+
+    alone, figures, _ = run("alone", 1)
+    shared, same_figures, said = run("shared", 2)
+    assert distance(shared, alone) < 1e-5
+    (before, after), (same_before, same_after) = (
+        [each["metrics"]["nDCG@10"][when] for when in ("mean_before", "mean_after")]
+        for (each,) in (figures, same_figures)
+    )
+    assert (same_before, same_after) == pytest.approx((before, after))
+    assert said.count("Next, rerank with it:") == 1

@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 
 from finetune.cli import main, parse_training, training_parser
 from finetune.config import SHOWN
-from qwen3_reranker import ModelLoadError, Reranker
+from qwen3_reranker import InputError, ModelLoadError, Reranker
 from qwen3_reranker.cli import main as rerank
 from tests import texts
 
@@ -335,3 +335,18 @@ def test_training_imports_neither_trl_nor_datasets_by_itself() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_processes_that_cannot_share_a_step_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from finetune.train import _check_processes
+
+    one: Any = SimpleNamespace(n_gpu=1, fsdp=[])
+    _check_processes(one)
+    two: Any = SimpleNamespace(n_gpu=2, fsdp=[])
+    with pytest.raises(InputError, match="torchrun --nproc-per-node 2"):
+        _check_processes(two)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match="FSDP"):
+        _check_processes(one)

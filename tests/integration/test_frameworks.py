@@ -36,7 +36,8 @@ from qwen3_reranker import (
     Reranker,
     Scorer,
 )
-from qwen3_reranker.demo import LangChainEmbedding, LlamaIndexEmbedding, read_corpus
+from qwen3_reranker.corpus import read_corpus
+from qwen3_reranker.demo import LangChainEmbedding, LlamaIndexEmbedding
 from qwen3_reranker.integration import scorer_of
 from tests.fakes import FakeModel, forbid_loading, loaded, replace_load_model
 
@@ -398,6 +399,42 @@ async def test_order_kept_by_a_failed_server_has_no_scores() -> None:
     nodes = [NodeWithScore(node=TextNode(text=text), score=0.5) for text in ("x", "y")]
     ranked = LlamaIndexReranker(reranker=failing).postprocess_nodes(nodes, query_str=QUERY)
     assert [(node.text, node.score) for node in ranked] == [("x", None), ("y", None)]
+
+
+async def test_passage_that_won_stands_beside_a_long_document(model: str) -> None:
+    settings: dict[str, Any] = {"max_length": 140, "window_score": "max"}
+    long = " ".join(passage.text for passage in PASSAGES[:6])
+    expected = Reranker.shared(model, **settings).rank(QUERY, [long, "Yeast."])
+    (window,) = [result.window for result in expected if result.index == 0]
+    assert window is not None
+    assert 0 < window[1] - window[0] < len(long)
+    passage = long[slice(*window)]
+
+    compressor = LangChainReranker(model=model, top_n=None, **settings)
+    documents = [
+        Document(long, metadata={"page": 1}),
+        Document("Yeast.", metadata={"relevance_passage": "an earlier one"}),
+    ]
+    for ranked in (
+        compressor.compress_documents(documents, QUERY),
+        await compressor.acompress_documents(documents, QUERY),
+    ):
+        metadata = {each.page_content: each.metadata for each in ranked}
+        assert metadata[long]["relevance_passage"] == passage
+        assert "relevance_passage" not in metadata["Yeast."]
+        assert [each.metadata["relevance_score"] for each in ranked] == [r.score for r in expected]
+
+    nodes = [NodeWithScore(node=TextNode(text=text)) for text in (long, "Yeast.")]
+    postprocessor = LlamaIndexReranker(model=model, top_n=None, **settings)
+    for reranked in (
+        postprocessor.postprocess_nodes(nodes, query_str=QUERY),
+        await postprocessor.apostprocess_nodes(nodes, query_str=QUERY),
+    ):
+        found = {each.text: each.node for each in reranked}
+        assert found[long].metadata == {"relevance_passage": passage}
+        assert found[long].get_content(MetadataMode.LLM) == long
+        assert found["Yeast."].metadata == {}
+    assert nodes[0].node.metadata == {}
 
 
 @pytest.mark.parametrize("integration", INTEGRATIONS)

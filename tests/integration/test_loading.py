@@ -70,7 +70,7 @@ def write_qwen3_gguf(folder: Path, file: Path) -> Path:
     """Write the tokenizer of a checkpoint as a GGUF file without weights."""
     import gguf
 
-    from tests.compat.gguf_reranker import add_tokenizer
+    from finetune.gguf_export import add_tokenizer
 
     writer = gguf.GGUFWriter(file, "qwen3")
     writer.add_block_count(1)
@@ -78,7 +78,8 @@ def write_qwen3_gguf(folder: Path, file: Path) -> Path:
     writer.add_embedding_length(8)
     writer.add_feed_forward_length(8)
     writer.add_head_count(1)
-    add_tokenizer(writer, json.loads((folder / "tokenizer.json").read_text()))
+    state = json.loads((folder / "tokenizer.json").read_text())
+    add_tokenizer(writer, state, 151669, end="<|im_end|>")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()

@@ -19,6 +19,7 @@ from finetune.cli import main
 from finetune.merge import coefficients
 from finetune.whole import SAMPLE
 from qwen3_reranker import Reranker
+from tests.real_parts import save_random_adapter
 
 SHAPES = [{"tied": True}, {"tied": False}]
 MakeAdapter = Callable[..., Path]
@@ -27,19 +28,9 @@ MakeAdapter = Callable[..., Path]
 @pytest.fixture
 def make_adapter(checkpoint: Callable[..., Path], tmp_path: Path) -> MakeAdapter:
     """Return a function that writes a LoRA adapter with random weights."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
 
     def make(name: str, base: Path | None = None, **settings: Any) -> Path:
-        torch.manual_seed(sum(map(ord, name)))
-        full = AutoModelForCausalLM.from_pretrained(base or checkpoint(), dtype=torch.float32)
-        options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | settings
-        tuned = get_peft_model(full, LoraConfig(task_type="CAUSAL_LM", **options))
-        for key, weight in tuned.named_parameters():
-            if "lora_B" in key:
-                torch.nn.init.normal_(weight, std=0.05)
-        tuned.save_pretrained(tmp_path / name)
-        return tmp_path / name
+        return save_random_adapter(tmp_path / name, base or checkpoint(), **settings)
 
     return make
 

@@ -62,6 +62,8 @@ def test_command_runs(
         )
     if command.startswith("qwen3-reranker serve"):
         pytest.skip("runs below, with the clients shown")
+    if command.startswith("qwen3-reranker ui"):
+        pytest.skip("runs in test_ui.py, with a browser")
     if "--adapter" in command:
         pytest.skip("runs with the fine-tuning commands below")
     arguments = shlex.split(command.replace(MODEL, str(checkpoint())))[1:]
@@ -75,7 +77,8 @@ def test_fine_tuning_commands_run_one_after_the_other(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     row = {"query": "capital", "positive": ["Beijing"], "negative": ["tea", "rain"]}
-    Path("train.jsonl").write_text(f"{json.dumps(row)}\n")
+    Path("labelled.jsonl").write_text(f"{json.dumps(row)}\n")
+    Path("corpus.jsonl").write_text('{"text": "Beijing"}\n{"text": "capital letters"}\n')
     candidates = [{"text": "Seoul", "label": 1}, {"text": "tea", "label": 0}]
     Path("dev.jsonl").write_text(json.dumps({"query": "city", "candidates": candidates}) + "\n")
     (with_adapter,) = [command for command in COMMANDS if "--adapter" in command]
@@ -104,8 +107,8 @@ def test_server_answers_the_clients_shown(checkpoint: Callable[..., Path]) -> No
 
 def test_readme_shows_what_this_file_runs() -> None:
     assert (len(BLOCKS), len(SERVER_BLOCKS), len(CURL_COMMANDS)) == (4, 1, 1)
-    assert len(COMMANDS) == 7
-    assert len(FINETUNE_COMMANDS) == 3
+    assert len(COMMANDS) == 9
+    assert len(FINETUNE_COMMANDS) == 4
 
 
 def test_printed_output_is_that_of_the_published_weights() -> None:

@@ -308,6 +308,8 @@ def test_table_fits_eighty_columns(capsys: pytest.CaptureFixture[str], text: str
         (["rank", "-q", QUERY, "--threshold", "nan", "doc"], "got nan"),
         (["rank", "-q", QUERY, "--max-length", "0", "doc"], "max_length must be an integer"),
         (["rank", "-q", QUERY, "-m", "", "doc"], "model is blank"),
+        (["ui", "--url", "localhost:8012"], "url must be an http or https address"),
+        (["ui", "model", "--adapter", "a", "--url", "http://h"], "Leave out model and adapter."),
     ],
 )
 def test_bad_arguments_are_refused_without_a_model(
@@ -399,7 +401,9 @@ def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"qwen3-reranker {qwen3_reranker.__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["rank", "--help"], ["doctor", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["rank", "--help"], ["ui", "--help"], ["doctor", "--help"]]
+)
 def test_help_is_printed(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)

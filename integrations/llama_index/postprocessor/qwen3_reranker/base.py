@@ -28,6 +28,7 @@ from pydantic.json_schema import SkipJsonSchema
 
 from qwen3_reranker import Calibration, InputError, RankedDocument, Scorer
 from qwen3_reranker.integration import (
+    PASSAGE,
     as_calibration,
     as_name,
     check_settings,
@@ -35,6 +36,7 @@ from qwen3_reranker.integration import (
     scorer_of,
 )
 from qwen3_reranker.results import verify_ranking
+from qwen3_reranker.windows import WindowScore
 
 Name = Annotated[str, BeforeValidator(as_name)]
 
@@ -80,6 +82,15 @@ class Qwen3Reranker(BaseNodePostprocessor):
     device: Name | None = Field(None, description="Torch device; None chooses.")
     dtype: Name | None = Field(None, description="Name of a dtype; None chooses.")
     max_length: int = Field(8192, description="Tokens per pair; only a document's end is ever cut.")
+    window_score: WindowScore | None = Field(
+        None,
+        description='"max" or "mean": what does not fit is read in windows, and the text of the '
+        'best one stands in the metadata of a copy of the node, as "relevance_passage", unseen by '
+        "models. None cuts.",
+    )
+    max_windows: int | None = Field(
+        None, description="Windows of a node, from its beginning; None reads all of it."
+    )
     calibration: Annotated[Calibration | None, BeforeValidator(as_calibration)] = Field(
         None, description="File of `qwen3-finetune calibrate`, read at once, or a Calibration."
     )
@@ -131,8 +142,9 @@ class Qwen3Reranker(BaseNodePostprocessor):
         with self._reported(nodes, query_bundle) as reranked:
             query = _query(query_bundle)
             if nodes:
-                ranking = scorer_of(self).rank(query, self._texts(nodes), **rank_options(self))
-                reranked += self._reordered(nodes, ranking)
+                texts = self._texts(nodes)
+                ranking = scorer_of(self).rank(query, texts, **rank_options(self))
+                reranked += self._reordered(nodes, texts, ranking)
         return reranked
 
     async def _apostprocess_nodes(
@@ -141,10 +153,9 @@ class Qwen3Reranker(BaseNodePostprocessor):
         with self._reported(nodes, query_bundle) as reranked:
             query = _query(query_bundle)
             if nodes:
-                ranking = await scorer_of(self).arank(
-                    query, self._texts(nodes), **rank_options(self)
-                )
-                reranked += self._reordered(nodes, ranking)
+                texts = self._texts(nodes)
+                ranking = await scorer_of(self).arank(query, texts, **rank_options(self))
+                reranked += self._reordered(nodes, texts, ranking)
         return reranked
 
     @contextmanager
@@ -175,15 +186,24 @@ class Qwen3Reranker(BaseNodePostprocessor):
         return [node.node.get_content(metadata_mode=self.metadata_mode) for node in nodes]
 
     def _reordered(
-        self, nodes: Sequence[NodeWithScore], ranking: Sequence[RankedDocument]
+        self,
+        nodes: Sequence[NodeWithScore],
+        texts: Sequence[str],
+        ranking: Sequence[RankedDocument],
     ) -> list[NodeWithScore]:
         verify_ranking(ranking, len(nodes), self.top_n, self.score_threshold)
-        kept = [nodes[result.index] for result in ranking]
-        copies = [_with_retrieval_score(n) if self.keep_retrieval_score else n.node for n in kept]
-        return [
-            NodeWithScore(node=node, score=float(result.score) if result.reranked else None)
-            for node, result in zip(copies, ranking, strict=True)
-        ]
+        reordered = []
+        for result in ranking:
+            retrieved = nodes[result.index]
+            told: dict[str, Any] = {}
+            if self.keep_retrieval_score:
+                told[_RETRIEVAL_SCORE] = retrieved.score
+            if result.window is not None:
+                start, stop = result.window
+                told[PASSAGE] = texts[result.index][start:stop]
+            score = float(result.score) if result.reranked else None
+            reordered.append(NodeWithScore(node=_telling(retrieved.node, told), score=score))
+        return reordered
 
 
 def _query(query_bundle: QueryBundle | None) -> str:
@@ -194,17 +214,13 @@ def _query(query_bundle: QueryBundle | None) -> str:
     return query_bundle.query_str
 
 
-def _with_retrieval_score(retrieved: NodeWithScore) -> BaseNode:
-    node = retrieved.node
+def _telling(node: BaseNode, told: dict[str, Any]) -> BaseNode:
+    """Return a node with more metadata, which models do not see, or itself if there is none."""
+    if not told:
+        return node
     # A copy, because the node may live in the index; unseen, or a second reranker would read it.
-    return node.model_copy(
-        update={
-            "metadata": {**node.metadata, _RETRIEVAL_SCORE: retrieved.score},
-            "excluded_embed_metadata_keys": _including(node.excluded_embed_metadata_keys),
-            "excluded_llm_metadata_keys": _including(node.excluded_llm_metadata_keys),
-        }
-    )
-
-
-def _including(excluded_keys: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys([*excluded_keys, _RETRIEVAL_SCORE]))
+    excluded = {
+        name: list(dict.fromkeys([*getattr(node, name), *told]))
+        for name in ("excluded_embed_metadata_keys", "excluded_llm_metadata_keys")
+    }
+    return node.model_copy(update={"metadata": {**node.metadata, **told}, **excluded})

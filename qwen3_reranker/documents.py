@@ -1,0 +1,105 @@
+"""Documents from a file or a text box.
+
+Decides where one document ends and the next begins. Knows nothing of scores.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import DataError
+from .jsonl import faults_error, parse_rows, read_lines
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One document of a file.
+
+    Attributes:
+        id: Its name, or its line number.
+        text: What it says.
+        title: Its title; empty where it has none.
+    """
+
+    id: str
+    text: str
+    title: str = ""
+
+
+def split_documents(text: str) -> list[str]:
+    r"""Return the documents of a text: its lines, or its paragraphs where blank lines part them.
+
+    Example:
+        >>> split_documents("tea\ncoffee\n")
+        ['tea', 'coffee']
+        >>> split_documents("def tea():\n    pour()\n\nmilk")
+        ['def tea():\n    pour()', 'milk']
+    """
+    text = text.replace("\r\n", "\n")
+    paragraphs = _not_blank(re.split(r"\n\s*\n", text))
+    return paragraphs if len(paragraphs) > 1 else _not_blank(text.split("\n"))
+
+
+def _not_blank(parts: list[str]) -> list[str]:
+    return [part.strip("\n") for part in parts if part.strip()]
+
+
+def read_documents(path: str) -> list[Document]:
+    """Read documents from a file, plain or ending in .gz or .xz.
+
+    A .jsonl file holds a `{"text", "id"?, "title"?}` per line, a .csv file a header with a column
+    "text" and maybe "id" and "title", any other file a document per line. `_id`, BEIR's name for
+    it, is an id too.
+
+    Raises:
+        DataError: If the file cannot be read or has a fault.
+    """
+    name = path.removesuffix(".gz").removesuffix(".xz")
+    if name.endswith(".jsonl"):
+        return parse_rows(path, _parse_row)
+    if name.endswith(".csv"):
+        return _read_csv(path)
+    return [Document(str(line), text) for line, text in read_lines(path)]
+
+
+def _parse_row(row: dict[str, Any], line: int) -> Document:
+    if not isinstance(row.get("text"), str):
+        raise ValueError("must have a string 'text'")
+    title = row.get("title")
+    if title is not None and not isinstance(title, str):
+        raise ValueError(f"'title' must be a string, got {type(title).__name__}")
+    id = row.get("id") if row.get("_id") is None else row["_id"]
+    return Document(str(line if id is None else id), row["text"], title or "")
+
+
+def _read_csv(path: str) -> list[Document]:
+    # A blank line may stand inside a quoted text.
+    lines = (f"{text}\n" for _, text in read_lines(path, keep_blank=True))
+    reader = csv.reader(lines, strict=True)
+    documents, faults = [], []
+    try:
+        header = next(reader, [])
+        if header.count("text") != 1:
+            raise DataError(
+                f"{path} line 1 must name one column 'text', got {len(header)} columns of which "
+                f"{header.count('text')} are so named. Separate columns with commas."
+            )
+        for row in reader:
+            if not row:
+                continue
+            if len(row) != len(header):
+                faults.append(f"line {reader.line_num}: {len(row)} columns, not {len(header)}")
+                continue
+            named = dict(zip(header, row, strict=True))
+            id = named.get("id") or str(reader.line_num)
+            documents.append(Document(id, named["text"], named.get("title", "")))
+    except csv.Error as error:
+        faults.append(f"line {reader.line_num}: {error}")
+    if faults:
+        raise faults_error(path, faults)
+    if not documents:
+        raise DataError(f"{path} has no rows. Pass a file with one document per row.")
+    return documents

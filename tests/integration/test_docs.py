@@ -1,0 +1,53 @@
+"""Errors that the documentation shows are the errors that come."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from finetune.data import read_training_file
+from qwen3_reranker import Qwen3RerankerError, RemoteReranker, Reranker
+
+ROOT = Path(__file__).parents[2]
+CASES = re.findall(
+    r"^```python\n(.*?)```\n\n```text\n(.*?)```",
+    (ROOT / "docs/errors.md").read_text(encoding="utf-8"),
+    re.DOTALL | re.MULTILINE,
+)
+
+
+def test_every_case_is_found() -> None:
+    assert len(CASES) == (ROOT / "docs/errors.md").read_text().count("```python")
+
+
+@pytest.mark.parametrize(("code", "expected"), CASES, ids=[code.strip() for code, _ in CASES])
+def test_error_is_the_one_shown(
+    code: str,
+    expected: str,
+    checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    Path("train.jsonl").write_text(
+        '{"query": "q", "positive": ["a"], "negative": ["b"]}\n'
+        '{"query": "q", "positives": ["a"]}\n'
+        '{"query": "", "positive": ["a"], "negative": ["a"]}\n'
+    )
+    relabelled = shutil.copytree(checkpoint(), "relabelled")
+    config = json.loads(Path(relabelled, "config.json").read_text())
+    config |= {"architectures": ["Qwen3ForSequenceClassification"], "num_labels": 1}
+    Path(relabelled, "config.json").write_text(json.dumps(config))
+    names = {
+        "Reranker": Reranker, "RemoteReranker": RemoteReranker, "MODEL": str(checkpoint()),
+        "RELABELLED": relabelled, "read_training_file": read_training_file,
+    }  # fmt: skip
+    with Reranker(str(checkpoint())) as reranker, pytest.raises(Qwen3RerankerError) as caught:
+        eval(code, {**names, "reranker": reranker})  # noqa: S307
+    assert f"{caught.type.__name__}: {caught.value}" == expected.strip()
