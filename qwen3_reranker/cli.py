@@ -20,8 +20,8 @@ from .embedded import EMBEDDED
 from .errors import InputError, MissingExtraError, Qwen3RerankerError
 from .inputs import DTYPES
 from .jsonl import STDIN
-from .listing import as_json, print_summary, print_table
 from .prompt import TEMPLATES
+from .rank_output import as_json, summary, table
 from .results import RankedDocument, cut_ranking
 
 if TYPE_CHECKING:
@@ -115,10 +115,10 @@ def _parser() -> argparse.ArgumentParser:
 
     vllm = commands.add_parser(
         "vllm-command",
-        help="print how to start vLLM so that it scores as this package does",
+        help="print how vLLM is started on a model, to score what this package scores",
     )
-    vllm.add_argument("model", help="Hub name, folder, or what qwen3-finetune export wrote")
-    vllm.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs that share it")
+    vllm.add_argument("model", help="Hub name or folder")
+    vllm.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs; default: 1")
     vllm.add_argument("--port", type=int, default=8000, help="default: %(default)s")
     vllm.set_defaults(run=_vllm_command)
 
@@ -172,8 +172,8 @@ def _rank(arguments: argparse.Namespace) -> int:
             if arguments.json:
                 print(json.dumps(as_json(candidates, kept)))
             else:
-                print_table(candidates, kept)
-        print_summary(lists, rankings, reranker.usage)
+                print(*table(candidates, kept), sep="\n")
+        print("", *summary(lists, rankings, reranker.usage), sep="\n", file=sys.stderr)
     return 0
 
 
@@ -269,9 +269,12 @@ def _missing_extra(part: str, extra: str, error: ModuleNotFoundError) -> Missing
 def _vllm_command(arguments: argparse.Namespace) -> int:
     from .vllm_command import vllm_command
 
-    port, gpus = arguments.port, arguments.tensor_parallel_size
-    print(vllm_command(arguments.model, port=port, tensor_parallel_size=gpus))
-    print(f'Then: RemoteReranker("http://127.0.0.1:{port}")', file=sys.stderr)
+    size, port = arguments.tensor_parallel_size, arguments.port
+    print(vllm_command(arguments.model, tensor_parallel_size=size, port=port))
+    print(
+        f'# Then, in Python: RemoteReranker("http://127.0.0.1:{port}"). vLLM refuses documents '
+        "that are too long; with max_tokens_per_doc= it cuts them."
+    )
     return 0
 
 

@@ -1,7 +1,7 @@
-"""How to start vLLM so that it scores as this package does.
+"""How vLLM is started on a reranker, so that it scores what this package scores.
 
-Decides which options a checkpoint needs. vLLM itself is never imported: it lives in an environment
-of its own, and `RemoteReranker` asks it over HTTP.
+Decides the options that a checkpoint's configuration asks for, and the prompt. vLLM itself stays in
+an environment of its own and is never imported.
 """
 
 from __future__ import annotations
@@ -11,60 +11,107 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint
-from .errors import InputError
-from .prompt import QWEN3_RERANKER
+from huggingface_hub import snapshot_download
 
-TEMPLATE = Path(__file__).with_name("qwen3-reranker.jinja")
-"""The official prompt as vLLM renders it. The one among vLLM's own examples ends a newline early:
-Jinja drops the last newline of a file, and that one counts (0.32)."""
+from . import inputs
+from .errors import InputError, ModelLoadError
+from .reranker import DEFAULT_MAX_LENGTH
 
+SCORE_TEMPLATE = Path(__file__).with_name("score_template.jinja")
+"""The prompt of Qwen3-Reranker for vLLM, byte for byte; vLLM's own example is a newline short."""
+
+# A causal checkpoint becomes a classifier of one label when vLLM loads it.
 _AS_CLASSIFIER = {
     "architectures": ["Qwen3ForSequenceClassification"],
-    "classifier_from_token": [QWEN3_RERANKER.no, QWEN3_RERANKER.yes],
+    "classifier_from_token": ["no", "yes"],
     "is_original_qwen3_reranker": True,
 }
-"""What vLLM must be told of the published causal checkpoints, which do not say it themselves."""
 
 
-def vllm_command(model: str, *, port: int, tensor_parallel_size: int = 1) -> str:
-    """Return the command that serves a model behind `/v1/rerank`, quoted for a shell.
+def vllm_settings(model: str) -> tuple[dict[str, Any], Path]:
+    """Return what `vllm.LLM` must be told about a model, and the file of its prompt.
 
     Args:
-        model: Hub name, or the folder of a checkpoint or of a `qwen3-finetune export`.
-        port: Where it listens.
-        tensor_parallel_size: GPUs that share the model.
+        model: Hub name or folder: the published checkpoints, their sequence-classification
+            conversions, merged models and what `qwen3-finetune export` writes.
 
     Raises:
-        InputError: If a number cannot be used.
-        ModelLoadError: If a folder holds no checkpoint that reranks.
+        InputError: If vLLM cannot score with it as it is.
+        ModelLoadError: If it has no configuration that can be read.
     """
-    for name, value in (("port", port), ("tensor_parallel_size", tensor_parallel_size)):
-        if value < 1:
-            raise InputError(f"{name} must be at least 1, got {value}. Leave it out for 1 GPU "
-                             "and port 8000.")  # fmt: skip
-    words = ["vllm", "serve", model, "--runner", "pooling", *_of_checkpoint(model)]
-    if tensor_parallel_size > 1:
-        words += ["--tensor-parallel-size", str(tensor_parallel_size)]
-    return shlex.join([*words, "--port", str(port)])
+    folder = _locate(model)
+    config = _read_config(folder)
+    architecture = (config.get("architectures") or ["none"])[0]
+    longest = config.get("max_position_embeddings", DEFAULT_MAX_LENGTH)
+    settings: dict[str, Any] = {
+        "runner": "pooling", "max_model_len": min(DEFAULT_MAX_LENGTH, longest)
+    }  # fmt: skip
+    exported = folder / "score_template.jinja"
+    if architecture.endswith("ForSequenceClassification") and exported.is_file():
+        return settings, exported
+    if config.get("method") == "from_2_way_softmax":  # the export for sentence-transformers
+        return {**settings, "convert": "classify"}, folder / "chat_template.jinja"
+    if architecture == "Qwen3ForSequenceClassification" and len(config.get("id2label", "01")) == 1:
+        return settings, SCORE_TEMPLATE
+    if architecture == "Qwen3ForCausalLM":
+        return {**settings, "hf_overrides": _AS_CLASSIFIER}, SCORE_TEMPLATE
+    raise InputError(
+        f"vLLM cannot be told how '{model}' scores: its architecture is {architecture}, not "
+        f"Qwen3's. Run: qwen3-finetune export --format seq-cls --model {shlex.quote(model)} "
+        "--output_dir exported, and pass that folder."
+    )
 
 
-def _of_checkpoint(model: str) -> list[str]:
-    """Return the options that say what the checkpoint does not."""
-    overridden = ["--chat-template", str(TEMPLATE), "--hf-overrides", json.dumps(_AS_CLASSIFIER)]
-    folder = Path(model)
-    if not folder.is_dir():
-        return overridden  # on the Hub, where the published ones are; vLLM fetches it
-    checkpoint.open_checkpoint(model, None)
-    config: dict[str, Any] = checkpoint.read_json(folder / "config.json")
-    if config["architectures"][0].endswith("ForSequenceClassification"):
-        return ["--chat-template", str(_own(folder, "score_template.jinja"))]
-    if "classifier_from_token" in config:
-        own = _own(folder, "chat_template.jinja")
-        return ["--convert", "classify", "--chat-template", str(own)]
-    return overridden
+def vllm_command(model: str, *, tensor_parallel_size: int = 1, port: int = 8000) -> str:
+    """Return the line that serves a model, for a shell of the environment with vLLM.
+
+    Args:
+        model: As in `vllm_settings`.
+        tensor_parallel_size: GPUs that share the weights.
+        port: Where it listens, on this machine only.
+
+    Raises:
+        InputError: As `vllm_settings`.
+        ModelLoadError: As `vllm_settings`.
+    """
+    settings, template = vllm_settings(model)
+    options = {**settings, "chat_template": str(template), "host": "127.0.0.1", "port": port}
+    if inputs.positive_int("tensor_parallel_size", tensor_parallel_size) > 1:
+        options["tensor_parallel_size"] = tensor_parallel_size
+    words = ["vllm", "serve", model]
+    for name, value in options.items():
+        text = json.dumps(value) if isinstance(value, dict) else str(value)
+        words += [f"--{name.replace('_', '-')}", text]
+    return shlex.join(words)
 
 
-def _own(folder: Path, name: str) -> Path:
-    """Return the template that an export wrote, for it knows the adapter's prompt; or ours."""
-    return folder / name if (folder / name).is_file() else TEMPLATE
+def _locate(model: str) -> Path:
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    try:
+        return Path(snapshot_download(model, allow_patterns=["config.json", "*.jinja"]))
+    except Exception as error:
+        raise ModelLoadError(
+            f"the configuration of '{model}' could not be fetched from the Hub "
+            f"({type(error).__name__}). Check the name and the connection, or pass a local folder."
+        ) from error
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(
+            f"'{folder}' is an adapter, and vLLM serves whole rerankers only. Run: qwen3-finetune "
+            f"merge --model BASE --adapter {shlex.quote(str(folder))} --output_dir merged, and "
+            "pass that folder."
+        )
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(
+            f"'{folder}' has no config.json that can be read ({type(error).__name__}). Pass the "
+            "folder of a checkpoint, or a Hub name."
+        ) from error
+    if not isinstance(config, dict):
+        raise ModelLoadError(f"'{folder}/config.json' must hold an object. Fetch it again.")
+    return config

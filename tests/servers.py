@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -16,11 +18,20 @@ from pathlib import Path
 
 import httpx
 
+from qwen3_reranker.vllm_command import vllm_command
+
 ROOT = Path(__file__).parents[1]
 COMPAT_PYTHON = Path(os.environ.get("COMPAT_PYTHON", ROOT / ".venv/compat/bin/python"))
 """Interpreter of the environment with other people's clients and servers; `make compat`."""
+VLLM_PYTHON = Path(os.environ.get("VLLM_PYTHON", ROOT / ".venv/vllm/bin/python"))
+"""Interpreter of the environment with vLLM for CPUs; `make vllm`."""
+VLLM_ENVIRONMENT = {
+    **os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": str(ROOT),
+}  # fmt: skip
 
 _START_S = 60
+_VLLM_START_S = 400  # it imports for half a minute, on a machine that does nothing else
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +114,50 @@ def _running(
 
 
 @contextmanager
+def vllm(model: Path, *options: str) -> Iterator[str]:
+    """Run what `qwen3-reranker vllm-command` prints, on a CPU, until the block ends.
+
+    Args:
+        model: Folder of a checkpoint.
+        options: Further options.
+
+    Yields:
+        Its address.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    _, *words = shlex.split(vllm_command(str(model), port=port))
+    command = [str(VLLM_PYTHON.parent / "vllm"), *words, "--dtype", "float32", "--enforce-eager"]
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            [*command, *options], stdout=log, stderr=subprocess.STDOUT, env=VLLM_ENVIRONMENT,
+            start_new_session=True,
+        )  # fmt: skip
+        url = f"http://127.0.0.1:{port}"
+        try:
+            _wait(lambda: _is_healthy(url), process, _VLLM_START_S)
+            yield url
+        except RuntimeError as error:
+            log.seek(0)
+            raise RuntimeError(log.read()[-5000:].decode()) from error
+        finally:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _is_healthy(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@contextmanager
 def llama_cpp(file: Path, api_key: str | None = None) -> Iterator[str]:
     """Run llama.cpp's server on a GGUF file until the block ends; yield its address."""
     script = str(ROOT / "tests/compat/llama_server.py")
@@ -134,8 +189,10 @@ def _url(process: subprocess.Popen[bytes], log_file: Path) -> str:
     return found[0]
 
 
-def _wait(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
-    end = time.monotonic() + _START_S
+def _wait(
+    condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = _START_S
+) -> None:
+    end = time.monotonic() + seconds
     while not condition():
         if process.poll() is not None or time.monotonic() > end:
             raise RuntimeError("the server did not start")

@@ -20,11 +20,12 @@ from tests.servers import serving
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-FOLDERS = ("qwen3_reranker", "finetune", "benchmarks", "tests")
+FOLDERS = ("qwen3_reranker", "finetune", "benchmarks", "recipes", "tests")
 MODEL = "Qwen/Qwen3-Reranker-0.6B"
 SERVER = "http://127.0.0.1:8012"
 ALL_BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-BLOCKS = [block for block in ALL_BLOCKS if SERVER not in block]
+RAY = "import ray\n"  # runs in test_bulk_ray.py
+BLOCKS = [block for block in ALL_BLOCKS if SERVER not in block and RAY not in block]
 SERVER_BLOCKS = [block for block in ALL_BLOCKS if SERVER in block]
 CURL_COMMANDS = re.findall(r"^(curl .*)$", README, re.MULTILINE)
 FINETUNE_COMMANDS = re.findall(r"^(qwen3-finetune .*)$", README, re.MULTILINE)
@@ -68,7 +69,7 @@ def test_command_runs(
     if "--adapter" in command:
         pytest.skip("runs with the fine-tuning commands below")
     arguments = shlex.split(command.replace(MODEL, str(checkpoint())))[1:]
-    if "doctor" not in arguments:
+    if arguments[0] not in ("doctor", "vllm-command"):
         arguments += ["--model", str(checkpoint())]
     assert main(arguments) == 0
 
@@ -129,7 +130,7 @@ def test_server_answers_the_clients_shown(checkpoint: Callable[..., Path]) -> No
 
 def test_readme_shows_what_this_file_runs() -> None:
     assert (len(BLOCKS), len(SERVER_BLOCKS), len(CURL_COMMANDS)) == (4, 1, 1)
-    assert len(COMMANDS) == 9
+    assert len(COMMANDS) == 10
     assert len(FINETUNE_COMMANDS) == 5
 
 

@@ -16,6 +16,7 @@ import pytest
 from tests.real_parts import save_random_adapter
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.py"))
+ELSEWHERE = {"05_vllm_offline.py", "07_bulk_ray.py"}  # test_vllm.py, test_bulk_ray.py run them
 
 
 def test_recipes_are_short() -> None:
@@ -41,7 +42,9 @@ def arguments(checkpoint: Callable[..., Path], tmp_path: Path) -> dict[str, list
     }
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize(
+    "recipe", [r for r in RECIPES if r.name not in ELSEWHERE], ids=lambda recipe: recipe.name
+)
 def test_recipe_runs(
     recipe: Path,
     checkpoint: Callable[..., Path],

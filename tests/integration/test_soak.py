@@ -22,7 +22,8 @@ def check(module: str, *options: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("minutes", ["0.2", pytest.param("1", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("minutes", ["0.2", "1"])
 def test_load_through_all_paths_is_exact_and_leaves_nothing(minutes: str) -> None:
     check("tests.soak", "--minutes", minutes)
 

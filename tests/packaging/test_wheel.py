@@ -67,7 +67,9 @@ def test_wheel_holds_the_four_packages_and_nothing_else(wheel: Path) -> None:
         "langchain_qwen3_reranker",
         "llama_index/postprocessor/qwen3_reranker",
     }
-    assert {Path(name).suffix for name in names} == {".py", ".typed", ".json", ".safetensors"}
+    assert {Path(name).suffix for name in names} == {
+        ".css", ".jinja", ".json", ".py", ".safetensors", ".typed"
+    }  # fmt: skip
 
 
 def test_imports_work_beside_the_users_own_integrations(installed: Path, foreign: Path) -> None:

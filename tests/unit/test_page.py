@@ -56,7 +56,8 @@ class Page(HTMLParser):
 def ranked(documents: list[str], log_odds: list[float] | None = None) -> list[RankedDocument]:
     log_odds = log_odds or [float(i) for i in range(len(documents))]
     none = [None] * len(documents)
-    return rank_documents(documents, log_odds, [False] * len(documents), none)
+    scores = [probability(value) for value in log_odds]
+    return rank_documents(documents, scores, log_odds, [False] * len(documents), none)
 
 
 def rendered(ranking: list[RankedDocument], tokens: int | None = 1234) -> Page:
@@ -86,7 +87,7 @@ def test_head_tells_time_and_tokens_where_they_are_known() -> None:
 
 
 def test_cut_documents_are_marked_and_explained() -> None:
-    ranking = rank_documents(["a", "b"], [0.0, 1.0], [True, False], [None, None])
+    ranking = rank_documents(["a", "b"], [0.5, 0.7], [0.0, 1.0], [True, False], [None, None])
     shown = rendered(ranking)
     assert shown.texts["text"] == ["b", "cuta"]
     assert shown.texts["p"] == ["2 documents in 0.46 s · 1,234 tokens · 1 cut"]

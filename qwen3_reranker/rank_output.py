@@ -1,11 +1,10 @@
-"""What `qwen3-reranker rank` prints: a table or JSON, and a summary.
+"""What `qwen3-reranker rank` prints: an object or a table per query, and a summary.
 
-Decides how rankings look in a terminal. Knows nothing of options and models.
+Knows nothing of options and models.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from statistics import mean
 from typing import Any
@@ -15,8 +14,8 @@ from .results import RankedDocument, Usage
 from .terminal import WIDTH, fit
 
 
-def as_json(candidates: CandidateList, ranking: list[RankedDocument]) -> dict[str, Any]:
-    """Return a ranking as an object of JSON."""
+def as_json(candidates: CandidateList, ranking: Sequence[RankedDocument]) -> dict[str, Any]:
+    """Return the ranking of one query as an object for JSON."""
     return {
         "query_id": candidates.query_id,
         "query": candidates.query,
@@ -34,24 +33,25 @@ def as_json(candidates: CandidateList, ranking: list[RankedDocument]) -> dict[st
     }
 
 
-def print_table(candidates: CandidateList, ranking: list[RankedDocument]) -> None:
-    """Print a ranking, a line per document."""
-    print("\n" + fit(f"{candidates.query_id}: {candidates.query}"))
-    print("rank   score  log-odds  was  document")
+def table(candidates: CandidateList, ranking: Sequence[RankedDocument]) -> list[str]:
+    """Return the lines of one query's table, none wider than a terminal."""
+    lines = ["", fit(f"{candidates.query_id}: {candidates.query}")]
+    lines.append("rank   score  log-odds  was  document")
     for rank, result in enumerate(ranking, 1):
         mark = "~" if result.truncated else " "
         start = (
             f"{rank:4d}  {result.score:.4f}  {result.log_odds:+8.3f} {result.index + 1:4d}{mark} "
         )
-        print(start + fit(result.document, WIDTH - len(start)))
+        lines.append(start + fit(result.document, WIDTH - len(start)))
     if any(result.truncated for result in ranking):
-        print("  ~ the end of this document was cut to --max-length")
+        lines.append("  ~ the end of this document was cut to --max-length")
+    return lines
 
 
-def print_summary(
-    lists: Sequence[CandidateList], rankings: Sequence[list[RankedDocument]], usage: Usage
-) -> None:
-    """Print what was done, and nDCG@10 of the queries with labels, to standard error."""
+def summary(
+    lists: Sequence[CandidateList], rankings: Sequence[Sequence[RankedDocument]], usage: Usage
+) -> list[str]:
+    """Return what was done and, where lists have labels, how well; rankings are uncut."""
     lines = [
         f"queries {len(lists)}, documents {usage.documents}, truncated {usage.truncated}, "
         f"tokens computed {usage.tokens}"
@@ -73,4 +73,4 @@ def print_summary(
             f"nDCG@10 {mean(after):.4f}, in the order given {mean(before):.4f} "
             f"({len(judged)} queries with labels)"
         )
-    print("\n" + "\n".join(lines), file=sys.stderr)
+    return lines

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qwen3_reranker import InputError, Reranker
+from qwen3_reranker.bulk import BulkScorer
+from tests import fakes
+
+BATCH: dict[str, list[Any]] = {
+    "id": [1, 2, 3, 4, 5],
+    "query": ["red apple", "tea", "red apple", "tea", "red apple"],
+    "document": ["green pear", "tea", "red apple", "rain", "red pear"],
+    "instruction": [None, None, None, None, "Find fruit"],
+}
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> Iterator[fakes.FakeModel]:
+    model = fakes.FakeModel()
+    with fakes.loaded(monkeypatch, model):
+        yield model
+
+
+@pytest.mark.usefixtures("model")
+@pytest.mark.parametrize("as_columns", [list, lambda rows: np.array(rows, object)])
+def test_batch_comes_back_with_the_scores_of_rank(as_columns: Any) -> None:
+    batch = {name: as_columns(rows) for name, rows in BATCH.items()}
+    found = BulkScorer("m")(batch)
+    assert list(found) == [*BATCH, "score", "log_odds", "truncated"]
+    assert all(found[name] is batch[name] for name in BATCH)
+    for row in range(5):
+        query, document, instruction = (
+            BATCH[name][row] for name in ("query", "document", "instruction")
+        )
+        (result,) = Reranker("m").rank(query, [document], instruction=instruction)
+        assert (found["score"][row], found["log_odds"][row], found["truncated"][row]) == (
+            result.score, result.log_odds, result.truncated
+        )  # fmt: skip
+    assert found["score"].dtype == found["log_odds"].dtype == float
+
+
+def test_equal_queries_share_their_head(model: fakes.FakeModel) -> None:
+    BulkScorer("m")(BATCH)
+    assert len(model.network.heads) == 3  # two queries, one of them under two instructions
+
+
+@pytest.mark.usefixtures("model")
+def test_settings_are_the_rerankers() -> None:
+    batch = {"query": ["q"], "document": ["word " * 200]}
+    assert BulkScorer("m", max_length=100)(batch)["truncated"].tolist() == [True]
+    with pytest.raises(InputError, match="max_length must be"):
+        BulkScorer("m", max_length=0)
+
+
+@pytest.mark.usefixtures("model")
+def test_batch_without_rows_stays_so() -> None:
+    found = BulkScorer("m")({"query": [], "document": []})
+    assert [len(column) for column in found.values()] == [0] * 5
+
+
+@pytest.mark.usefixtures("model")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"document": None}, "document is missing of id, query, instruction"),
+        ({"score": [0.0] * 5}, "column score already, which would be overwritten"),
+        ({"log_odds": [0.0] * 5}, "column log_odds already"),
+        ({"query": ["q", "q", " ", "q", "q"]}, r"query of pairs\[2\] is blank"),
+        ({"document": ["d", None, "d", "d", "d"]}, r"document of pairs\[1\] must be a string"),
+        ({"instruction": [None, 3.0, None, None, None]}, r"instruction\[1\] must be a string"),
+    ],
+)
+def test_what_cannot_be_scored_is_told(change: dict[str, Any], message: str) -> None:
+    batch = {name: rows for name, rows in {**BATCH, **change}.items() if rows is not None}
+    with pytest.raises(InputError, match=message):
+        BulkScorer("m")(batch)
+
+
+def test_model_that_does_not_load_fails_the_constructor(monkeypatch: pytest.MonkeyPatch) -> None:
+    fakes.replace_load_model(monkeypatch, lambda **settings: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        BulkScorer("m")
