@@ -33,6 +33,8 @@ MIN_KEPT = 20
 _FOLDS = 5
 _THRESHOLDS = np.arange(1, 1000) / 1000
 """What a person can type; each is measured as it is typed."""
+_CLEAR = 3.0
+"""Standard errors by which scores must beat the mere share of relevant documents."""
 _Z = 1.959964
 """Of a two-sided 95 % interval."""
 
@@ -125,12 +127,14 @@ def fit(scored: ScoredSet) -> Fit:
     slope, bias = float(regression.coef_[0, 0]), float(regression.intercept_[0])
     before, after = quality(scored), quality(_with_log_odds(scored, elsewhere))
     share = float(pairs.is_relevant.mean())
-    unread = -share * math.log(share) - (1 - share) * math.log(1 - share)
-    if slope <= 0 or after.log_loss >= unread:
+    unread = _losses(np.full_like(elsewhere, math.log(share / (1 - share))), pairs.is_relevant)
+    # Summed by query, because the pairs of one are alike.
+    gains = np.bincount(pairs.query, unread - _losses(elsewhere, pairs.is_relevant))
+    if slope <= 0 or gains.mean() <= _CLEAR * gains.std(ddof=1) / math.sqrt(len(gains)):
         raise DataError(
             f"the scores say nothing about these labels: calibrated on other queries they have a "
             f"log-loss of {after.log_loss:.4f}, the mere share of relevant documents has "
-            f"{unread:.4f}. Check the labels, the instruction and the model."
+            f"{unread.mean():.4f}. Check the labels, the instruction and the model."
         )
     return Fit(1 / slope, bias, before, after)
 
@@ -154,7 +158,7 @@ def refuse_few(lists: Sequence[CandidateList]) -> None:
 def quality(scored: ScoredSet) -> Quality:
     """Return log-loss and reliability of P = sigmoid(log-odds)."""
     pairs = _pairs(scored)
-    losses = np.logaddexp(0.0, pairs.log_odds) - pairs.is_relevant * pairs.log_odds
+    losses = _losses(pairs.log_odds, pairs.is_relevant)
     return Quality(float(losses.mean()), metrics.calibration(scored))
 
 
@@ -215,6 +219,12 @@ def _interval(hits: Counts, sizes: Counts) -> tuple[float, float]:
     centre = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
     return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def _losses(log_odds: Floats, is_relevant: npt.NDArray[np.bool_]) -> Floats:
+    """Return -log P(what was judged) of each pair."""
+    losses: Floats = np.logaddexp(0.0, log_odds) - is_relevant * log_odds
+    return losses
 
 
 def _pairs(scored: ScoredSet) -> _Pairs:

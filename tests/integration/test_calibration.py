@@ -56,7 +56,8 @@ def test_calibration_fitted_on_half_of_the_questions_holds_on_the_other(
     fitted, held_out = medical_halves
     output = tmp_path / "calibration"
     command = ["--model", "embedded", "--eval_file", str(fitted), "--output_dir", str(output)]
-    assert main(["calibrate", *command, "--max_length", MAX_LENGTH]) == 0
+    options = ["--max_length", MAX_LENGTH, "--precision", "0.8"]
+    assert main(["calibrate", *command, *options]) == 0
     record = json.loads((output / "calibration.json").read_text())
 
     lists = read_candidates(str(held_out))

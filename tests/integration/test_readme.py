@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from finetune.cli import main as finetune
+from qwen3_reranker import Reranker
 from qwen3_reranker.cli import main
 from qwen3_reranker.results import probability
 from tests.servers import serving
@@ -84,8 +85,29 @@ def test_fine_tuning_commands_run_one_after_the_other(
     Path("dev.jsonl").write_text(json.dumps({"query": "city", "candidates": candidates}) + "\n")
     (with_adapter,) = [command for command in COMMANDS if "--adapter" in command]
     for command in [*FINETUNE_COMMANDS, f"{with_adapter} --model {MODEL}"]:
+        if " calibrate " in command:
+            write_judgments(Path("judged.jsonl"), checkpoint())
         program, *arguments = shlex.split(command.replace(MODEL, str(checkpoint())))
         assert {"qwen3-finetune": finetune, "qwen3-reranker": main}[program](arguments) == 0
+
+
+def write_judgments(file: Path, model: Path) -> None:
+    """Judge words mostly as the tuned model does: what a model cannot tell is not calibrated."""
+    words = "tea rain capital city river stone bread music".split()
+    queries = [f"{word} {i}" for word in words for i in range(4)]
+    with Reranker(str(model), adapter="my-reranker") as reranker:
+        rankings = reranker.rank_many(queries, [words] * len(queries))
+    log_odds = sorted(result.log_odds for ranking in rankings for result in ranking)
+    middle = log_odds[len(log_odds) // 2]
+    lines = []
+    for i, ranking in enumerate(rankings):
+        agrees = [(i + result.index) % 8 > 0 for result in ranking]
+        candidates = [
+            {"text": result.document, "label": int((result.log_odds > middle) == is_agreed)}
+            for result, is_agreed in zip(ranking, agrees, strict=True)
+        ]
+        lines.append(json.dumps({"query": queries[i], "candidates": candidates}) + "\n")
+    file.write_text("".join(lines))
 
 
 def test_server_answers_the_clients_shown(checkpoint: Callable[..., Path]) -> None:
@@ -109,7 +131,7 @@ def test_server_answers_the_clients_shown(checkpoint: Callable[..., Path]) -> No
 def test_readme_shows_what_this_file_runs() -> None:
     assert (len(BLOCKS), len(SERVER_BLOCKS), len(CURL_COMMANDS)) == (4, 1, 1)
     assert len(COMMANDS) == 10
-    assert len(FINETUNE_COMMANDS) == 4
+    assert len(FINETUNE_COMMANDS) == 5
 
 
 def test_printed_output_is_that_of_the_published_weights() -> None:
