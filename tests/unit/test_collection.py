@@ -207,11 +207,11 @@ def test_missing_file_is_told(folder: Path, removed: str, message: str) -> None:
 
 def test_which_of_several_files_is_never_guessed(folder: Path) -> None:
     write(folder, {"dense.run": RUN})
-    with pytest.raises(DataError, match="has 2 runs. Pass the path of the run"):
+    with pytest.raises(DataError, match=r"has 2 runs\. Pass the path of the run"):
         read_candidates(str(folder))
     assert read_candidates(str(folder / "dense.run")) == [FIRST, NEVER_FOUND]
     write(folder, {"corpus.tsv": "d1\tx\n"})
-    with pytest.raises(DataError, match="got corpus.jsonl and corpus.tsv. Put or link it"):
+    with pytest.raises(DataError, match=r"got corpus\.jsonl and corpus\.tsv\. Put or link it"):
         read_candidates(str(folder / "dense.run"))
 
 
@@ -222,7 +222,7 @@ def test_empty_or_foreign_files_are_told(folder: Path) -> None:
     with pytest.raises(DataError, match=r"test.tsv judges no query of .*bm25.trec. Pass the qrels"):
         read_candidates(str(folder))
     write(folder, {"bm25.trec": "\n"})
-    with pytest.raises(DataError, match="bm25.trec has no lines"):
+    with pytest.raises(DataError, match=r"bm25\.trec has no lines"):
         read_candidates(str(folder))
     with pytest.raises(DataError, match="cannot be read"):
         read_candidates(str(folder / "no.trec"))
