@@ -18,7 +18,7 @@ from qwen3_reranker import Reranker
 from tests import real_parts
 
 FILES = {
-    "corpus.jsonl": '{"_id": "d1", "title": "Bread", "text": "rises."}\n{"_id": "d2", "text": ""}\n',
+    "corpus.jsonl": '{"_id": "d1", "title": "Bread", "text": "up."}\n{"_id": "d2", "text": ""}\n',
     "queries.jsonl": '{"_id": "q1", "text": "bread?"}\n{"_id": "q2", "text": "tea?"}\n',
     "qrels/test.tsv": "query-id\tcorpus-id\tscore\nq1\td1\t2\nq1\td2\t1\nq2\td9\t1\n",
     "bm25.trec": "q1 Q0 d1 1 2.5 bm25\nq1 Q0 d2 2 1.5 bm25\n",
