@@ -57,6 +57,7 @@ def test_list_without_candidates_needs_no_labels(tmp_path: Path) -> None:
     assert [each.missing_labels for each in read_lists([str(file)])["dev"]] == [[], [1]]
 
 
+@pytest.mark.slow  # 12,000 documents
 @pytest.mark.parametrize("name", ["general_en", "med_en", "code_cosqa", "xling", "zh"])
 def test_core_langchain_and_llama_index_agree_exactly(
     name: str, checkpoint: Callable[..., Path]
