@@ -3,8 +3,7 @@
     python recipes/10_two_stage.py                                  # both in 0.6B, from the Hub
     python recipes/10_two_stage.py embedded path/of/all-MiniLM-L6-v2
 
-Plain Python, LangChain and LlamaIndex rank alike. Both models come in 4B and 8B, too. What it
-imports comes with the extras `demo` and `mine`.
+All three ways rank alike. Both models come in 4B and 8B, too. Needs the extras `demo` and `mine`.
 """
 
 import sys
@@ -60,7 +59,8 @@ class LlamaIndexEmbedding(BaseEmbedding):
 embedding = Qwen3Embedding()
 cosines = np.array(embedding.embed_documents(TEXTS)) @ np.array(embedding.embed_query(QUERY))
 found = [TEXTS[place] for place in np.argsort(-cosines)[:100]]
-ranking = Reranker.shared(MODEL, instruction=TASK).rank(QUERY, found, top_n=3)
+core = Reranker.shared(MODEL, instruction=TASK)  # the frameworks' classes share its weights
+ranking = core.rank(QUERY, found, top_n=3)
 print("Plain Python", *(f"{r.score:.4f}  {r.document}" for r in ranking), sep="\n")
 
 store = InMemoryVectorStore.from_texts(TEXTS, embedding)
