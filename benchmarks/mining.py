@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_planted(name, several_positives(data, name), teacher, output)
     hidden = write_rows(data, output, arguments.num_rows, arguments.seed)
     (lists,) = read_lists([str(data / "med_en.dev.jsonl.xz")]).values()
-    lists = [cut(each, DEPTH) for each in lists[: arguments.num_lists]]
+    lists = [each.first(DEPTH) for each in lists[: arguments.num_lists]]
     student = Served(arguments.student, max_length=MAX_LENGTH)
     found = {"untrained": ndcg(student, lists, output)}
     for name, is_filtered in ARMS.items():
@@ -162,16 +162,6 @@ def run(*command: object) -> None:
     """Run `python -m finetune`; what it prints goes to standard error."""
     arguments = [sys.executable, "-m", "finetune", *map(str, command)]
     subprocess.run(arguments, check=True, stdout=sys.stderr)  # noqa: S603
-
-
-def cut(each: CandidateList, count: int) -> CandidateList:
-    """Return the first candidates of a list; relevant ones beyond stay part of the ideal."""
-    labels = each.labels or []
-    beyond = [label for label in labels[count:] if label]
-    return replace(
-        each, ids=each.ids[:count], texts=each.texts[:count], labels=labels[:count],
-        missing_labels=each.missing_labels + beyond,
-    )  # fmt: skip
 
 
 def ndcg(served: Served, lists: list[CandidateList], output: Path) -> list[float]:

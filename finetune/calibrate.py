@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from qwen3_reranker import Calibration, Reranker
 from qwen3_reranker.calibration import FILE_NAME
 from qwen3_reranker.candidates import CandidateList
+from qwen3_reranker.collection import is_collection
 from qwen3_reranker.errors import InputError
 from qwen3_reranker.inputs import DTYPES
 from qwen3_reranker.jsonl import read_rows
@@ -73,6 +74,8 @@ def read_judged(paths: Sequence[str], relevant_from: int) -> list[CandidateList]
 def _has_candidates(path: str) -> bool:
     if path.startswith(HUB) or path.endswith(".parquet"):
         return False
+    if is_collection(path):
+        return True
     first = next(read_rows(path), None)
     return first is None or first.content is None or "candidates" in first.content
 

@@ -28,7 +28,7 @@ class RerankerArguments:
 
     train_file: list[str] = _setting([], "JSONL (.gz, .xz), Parquet or hf://name training rows.")
     eval_file: list[str] = _setting(
-        [], "JSONL candidate lists, ranked whole before, during, after."
+        [], "Candidate lists (JSONL, a TREC run or a BEIR folder), ranked before, during, after."
     )
     guard_file: list[str] = _setting(
         [], "Candidate lists of another domain, ranked before and after."

@@ -22,12 +22,14 @@ from tqdm import tqdm
 
 from qwen3_reranker import Reranker, checkpoint
 from qwen3_reranker.candidates import CandidateList, ndcg_at_10, read_candidates
+from qwen3_reranker.collection import files_of
 from qwen3_reranker.engine import Engine
 from qwen3_reranker.errors import DataError
 from qwen3_reranker.loading import attention_budget
 from qwen3_reranker.packing import Budget
 
 from .metrics import ScoredSet, alarms, calibration, compare, heuristics, measure, spread
+from .output import hash_file
 from .report import Report, SetReport, summary_lines, write_report
 from .trainee import Trainee
 
@@ -130,8 +132,8 @@ class Served:
     max_length: int = 8192
 
 
-def read_lists(paths: Sequence[str]) -> dict[str, list[CandidateList]]:
-    """Read judged candidate lists, by the name of their file.
+def read_lists(paths: Sequence[str], *, depth: int | None = None) -> dict[str, list[CandidateList]]:
+    """Read judged candidate lists, by the name of their file or folder; `depth` as of `first`.
 
     Raises:
         DataError: With every fault of every file.
@@ -139,13 +141,13 @@ def read_lists(paths: Sequence[str]) -> dict[str, list[CandidateList]]:
     found: dict[str, list[CandidateList]] = {}
     faults = []
     for path in paths:
-        name = Path(path).name
-        for suffix in (".gz", ".xz", ".jsonl"):
+        name = Path(path).resolve().name
+        for suffix in (".gz", ".xz", ".jsonl", ".trec", ".run"):
             name = name.removesuffix(suffix)
         try:
             if name in found:
                 raise DataError(f"two evaluation files are called '{name}'. Rename one of them.")
-            found[name] = _judged(path)
+            found[name] = [each.first(depth) for each in _judged(path)]
         except DataError as error:
             faults.append(str(error))
     if faults:
@@ -190,7 +192,7 @@ def _compare_set(before: ScoredSet, after: ScoredSet, *, is_guard: bool) -> SetR
 def main(argv: Sequence[str]) -> int:
     """Run `qwen3-finetune evaluate`; return its exit status."""
     arguments = _parser().parse_args(argv)
-    lists = read_lists([*arguments.eval_file, *arguments.guard_file])
+    lists = read_lists([*arguments.eval_file, *arguments.guard_file], depth=arguments.depth)
     guards = list(lists)[len(arguments.eval_file) :]
     output = Path(arguments.output_dir)
     output.mkdir(parents=True, exist_ok=True)
@@ -219,8 +221,9 @@ def main(argv: Sequence[str]) -> int:
         adapter=tuned.adapter or tuned.model,
         settings={"max_length": str(tuned.max_length), "dtype": str(tuned.dtype)},
         data=[
-            f"{path}, sha256 {_sha256(path)[:12]}"
+            f"{file}, sha256 {hash_file(file)[:12]}"
             for path in (*arguments.eval_file, *arguments.guard_file)
+            for file in files_of(path)
         ],
         sets=sets,
         history=[],
@@ -241,8 +244,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", required=True, help='Hub name, folder or "embedded"')
     parser.add_argument("--adapter", help="LoRA weights")
-    parser.add_argument("--eval_file", nargs="+", default=[], help="JSONL candidate lists")
+    parser.add_argument("--eval_file", nargs="+", default=[],
+        help="JSONL candidate lists; or TREC runs (.trec, .run) with corpus, queries and qrels "
+        "beside them, or BEIR folders with a run")  # fmt: skip
     parser.add_argument("--guard_file", nargs="+", default=[], help="lists of another domain")
+    parser.add_argument("--depth", type=int, help="candidates ranked of each list, if not all")
     parser.add_argument("--output_dir", default="qwen3-reranker-evaluation")
     parser.add_argument("--max_length", type=int, default=8192, help="tokens per pair")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
@@ -326,10 +332,12 @@ def _score_lists(
 
 def _judged(path: str) -> list[CandidateList]:
     lists = read_candidates(path)
-    unjudged = [each.query_id for each in lists if each.labels is None]
-    if unjudged or not lists:
-        what = f"query {unjudged[0]} has no labels" if lists else "it has no rows"
-        raise DataError(f"{path}: {what}, so nothing can be measured. Add a label per candidate.")
+    unjudged = [each.query_id for each in lists if each.labels is None and each.texts]
+    if unjudged:
+        raise DataError(
+            f"{path}: query {unjudged[0]} has no labels, so nothing can be measured. Add a label "
+            "per candidate, or qrels beside the run."
+        )
     return lists
 
 
@@ -338,8 +346,3 @@ def next_step(model: str, adapter: str | None, *options: str) -> str:
     adapted = [] if adapter is None else ["--adapter", adapter]
     names = shlex.join(["--model", model, *adapted, *options])
     return f'qwen3-reranker rank {names} -q "your query" "first document" "second document"'
-
-
-def _sha256(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

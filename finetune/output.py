@@ -50,7 +50,7 @@ def commit(folder: Path, names: Iterable[str], settings: Mapping[str, Any]) -> N
     files = {}
     for name in sorted(names):
         _sync(folder / name)
-        files[name] = [(folder / name).stat().st_size, _hash_file(folder / name)]
+        files[name] = [(folder / name).stat().st_size, hash_file(folder / name)]
     for inner in {(folder / name).parent for name in files}:
         _sync(inner)
     content = {"files": files, "settings": settings}
@@ -86,7 +86,7 @@ def verify(folder: Path) -> dict[str, Any]:
         if file.stat().st_size != size:
             found = file.stat().st_size
             raise DamagedError(f"'{folder}' is damaged: {name} has {found} bytes, not {size}")
-        if _hash_file(file) != digest:
+        if hash_file(file) != digest:
             raise DamagedError(f"'{folder}' is damaged: the content of {name} was changed")
     verified: dict[str, Any] = settings
     return verified
@@ -177,7 +177,8 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _hash_file(file: Path) -> str:
+def hash_file(file: str | Path) -> str:
+    """Return the sha256 of a file's content."""
     with open(file, "rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 

@@ -57,12 +57,12 @@ class Corpus:
     def text(self, place: int) -> str:
         """Return a passage as a model reads it."""
         document = self.documents[place]
-        return _titled(document) if self.has_titles else document.text
+        return document.titled_text if self.has_titles else document.text
 
     def forms(self, place: int) -> set[str]:
         """Return what a known positive would look like, normalised, if it were this passage."""
         document = self.documents[place]
-        return {normalised(document.text), normalised(_titled(document))}
+        return {normalised(document.text), normalised(document.titled_text)}
 
 
 def read_corpus(path: str, positives: Collection[str]) -> Corpus:
@@ -80,7 +80,7 @@ def read_corpus(path: str, positives: Collection[str]) -> Corpus:
     """
     documents = read_documents(path)
     texts = [normalised(document.text) for document in documents]
-    titled = [normalised(_titled(document)) for document in documents]
+    titled = [normalised(document.titled_text) for document in documents]
     known = set(positives)
     has_titles = sum(key in known for key in titled) >= sum(key in known for key in texts)
     first: dict[str, int] = {}
@@ -287,10 +287,6 @@ def _save(file: Path, vectors: npt.NDArray[np.float32]) -> None:
     with partial.open("wb") as opened:
         np.save(opened, vectors)
     os.replace(partial, file)
-
-
-def _titled(document: Document) -> str:
-    return f"{document.title} {document.text}".strip() if document.title else document.text
 
 
 def _bar(items: Any, what: str, unit: str) -> Any:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from .errors import InputError
 from .jsonl import parse_rows
 
 
@@ -35,17 +36,50 @@ class CandidateList:
     labels: list[int] | None
     missing_labels: list[int]
 
+    def first(self, depth: int | None) -> CandidateList:
+        """Return the first `depth` candidates, None for all; labels of the others are missing.
+
+        Raises:
+            InputError: If `depth` is below 1.
+
+        Example:
+            >>> candidates = CandidateList("1", "q", None, ["a", "b"], ["", ""], [0, 2], [1])
+            >>> candidates.first(1).missing_labels
+            [1, 2]
+        """
+        if depth is None:
+            return self
+        if depth < 1:
+            raise InputError(
+                f"depth must be at least 1 or None, got {depth}. Use None to keep every candidate."
+            )
+        kept = None if self.labels is None else self.labels[:depth]
+        cut_off = [] if self.labels is None else [label for label in self.labels[depth:] if label]
+        return replace(
+            self,
+            ids=self.ids[:depth],
+            texts=self.texts[:depth],
+            labels=kept,
+            missing_labels=[*self.missing_labels, *cut_off],
+        )
+
 
 def read_candidates(path: str) -> list[CandidateList]:
-    """Read `{"query", "candidates": [{"text", "id"?, "label"?}], ...}` rows.
+    """Read `{"query", "candidates": [{"text", "id"?, "label"?}], ...}` rows, or a run.
 
     Optional keys of a row: `query_id`, `instruction`, `missing_labels`. Labels are for all
     candidates of a row or for none.
 
+    Args:
+        path: A file of such rows; or a TREC run ending in .trec or .run, or a BEIR folder with one
+            in it (see `collection`).
+
     Raises:
         DataError: With every fault of the file, by line.
     """
-    return parse_rows(path, _parse)
+    from .collection import is_collection, read_collection  # it imports this module
+
+    return read_collection(path) if is_collection(path) else parse_rows(path, _parse)
 
 
 def ndcg_at_10(

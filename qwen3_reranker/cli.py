@@ -78,8 +78,8 @@ def _parser() -> argparse.ArgumentParser:
         "-c",
         "--candidates",
         metavar="FILE",
-        help='JSONL of {"query", "candidates": [{"text", "id"?, "label"?}]} rows, ranked whole; '
-        "with labels nDCG@10 is printed",
+        help='JSONL of {"query", "candidates": [{"text", "id"?, "label"?}]} rows, a TREC run or a '
+        "BEIR folder, ranked whole; with labels nDCG@10 is printed",
     )
     rank.add_argument("-n", "--top-n", type=int, help="documents to keep per query")
     rank.add_argument("--threshold", type=float, help="lowest score to keep")

@@ -28,6 +28,11 @@ class Document:
     text: str
     title: str = ""
 
+    @property
+    def titled_text(self) -> str:
+        """The text after its title, as BEIR and MTEB join them."""
+        return f"{self.title} {self.text}".strip() if self.title else self.text
+
 
 def split_documents(text: str) -> list[str]:
     r"""Return the documents of a text: its lines, or its paragraphs where blank lines part them.
@@ -59,13 +64,18 @@ def read_documents(path: str) -> list[Document]:
     """
     name = path.removesuffix(".gz").removesuffix(".xz")
     if name.endswith(".jsonl"):
-        return parse_rows(path, _parse_row)
+        return parse_rows(path, parse_document)
     if name.endswith(".csv"):
         return _read_csv(path)
     return [Document(str(line), text) for line, text in read_lines(path)]
 
 
-def _parse_row(row: dict[str, Any], line: int) -> Document:
+def parse_document(row: dict[str, Any], line: int) -> Document:
+    """Return the document of a row.
+
+    Raises:
+        ValueError: If the row has no text, or a title that is none.
+    """
     if not isinstance(row.get("text"), str):
         raise ValueError("must have a string 'text'")
     title = row.get("title")

@@ -12,7 +12,7 @@ from . import inputs
 from .calibration import Calibration
 from .errors import InputError
 from .reranker import DEFAULT_MAX_LENGTH, Reranker
-from .results import Scorer
+from .results import RankedDocument, Scorer
 from .windows import WindowScore
 
 _OF_A_MODEL = {
@@ -31,6 +31,9 @@ _REMOTE = ("http://", "https://")
 
 PASSAGE = "relevance_passage"
 """Metadata key of the best window of a document that was read in windows."""
+
+SPAN = "relevance_span"
+"""Metadata key of its start and stop, in characters of what the model read."""
 
 
 class Settings(Protocol):
@@ -118,6 +121,19 @@ def rank_options(settings: Settings) -> dict[str, Any]:
         "top_n": settings.top_n,
         "score_threshold": settings.score_threshold,
     }
+
+
+def passage(text: str, result: RankedDocument) -> dict[str, Any]:
+    """Return what metadata tell of the best window of a text; nothing if it was read whole.
+
+    Example:
+        >>> passage("hay needle", RankedDocument(0, "", 0.5, 0.0, False, window=(4, 10)))
+        {'relevance_passage': 'needle', 'relevance_span': [4, 10]}
+    """
+    if result.window is None:
+        return {}
+    start, stop = result.window
+    return {PASSAGE: text[start:stop], SPAN: [start, stop]}  # a list is what JSON gives back
 
 
 def as_calibration(value: Any) -> Any:

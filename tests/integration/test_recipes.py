@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from statistics import mean
 
 import pytest
 
-from tests.real_parts import save_random_adapter
+from tests.real_parts import save_random_adapter, save_random_qwen3_embedding
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.py"))
 ELSEWHERE = {"05_vllm_offline.py", "07_bulk_ray.py"}  # test_vllm.py, test_bulk_ray.py run them
@@ -25,6 +26,8 @@ def test_recipes_are_short() -> None:
 
 
 SUPPORT = RECIPES[0].parent / "support"
+TRAINING = ("08_distill.py", "09_merge.py")
+"""Hears warnings of three libraries."""
 
 
 @pytest.fixture
@@ -36,9 +39,11 @@ def arguments(checkpoint: Callable[..., Path], tmp_path: Path) -> dict[str, list
         (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
     files = [str(tmp_path / "train.jsonl"), str(tmp_path / "dev.jsonl")]
     adapters = [str(save_random_adapter(tmp_path / name, checkpoint())) for name in ("a", "b")]
+    embedding = str(save_random_qwen3_embedding(tmp_path / "embedding"))
     return {
         "08_distill.py": [model, model, *files, "--max_steps", "1", "--use_cpu", "true"],
         "09_merge.py": [model, *adapters, files[1]],
+        "10_two_stage.py": [model, embedding],
     }
 
 
@@ -52,7 +57,9 @@ def test_recipe_runs(
     tmp_path: Path,
 ) -> None:
     own = arguments.get(recipe.name)
-    strict = [] if own else ["-W", "error"]  # what trains hears warnings of three libraries
+    strict = (
+        [] if recipe.name in TRAINING else ["-W", "error"]
+    )  # what trains hears warnings of three libraries
     done = subprocess.run(
         [sys.executable, *strict, str(recipe), *(own or [str(checkpoint())])],
         cwd=tmp_path,
@@ -62,6 +69,10 @@ def test_recipe_runs(
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout
+    if recipe.name == "10_two_stage.py":
+        ways = re.split("Plain Python|LangChain|LlamaIndex", done.stdout)[-3:]
+        assert ways == ways[:1] * 3
+        assert ways[0].count("\n") == 4
 
 
 def test_embedded_recipe_splits_questions_and_its_config_is_read(tmp_path: Path) -> None:

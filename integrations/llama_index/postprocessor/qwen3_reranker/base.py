@@ -29,9 +29,11 @@ from pydantic.json_schema import SkipJsonSchema
 from qwen3_reranker import Calibration, InputError, RankedDocument, Scorer
 from qwen3_reranker.integration import (
     PASSAGE,
+    SPAN,
     as_calibration,
     as_name,
     check_settings,
+    passage,
     rank_options,
     scorer_of,
 )
@@ -85,8 +87,9 @@ class Qwen3Reranker(BaseNodePostprocessor):
     window_score: WindowScore | None = Field(
         None,
         description='"max" or "mean": what does not fit is read in windows, and the text of the '
-        'best one stands in the metadata of a copy of the node, as "relevance_passage", unseen by '
-        "models. None cuts.",
+        'best one stands in the metadata of a copy of the node, as "relevance_passage", with its '
+        'start and stop in what the model read, as "relevance_span", both unseen by models. None '
+        "cuts.",
     )
     max_windows: int | None = Field(
         None, description="Windows of a node, from its beginning; None reads all of it."
@@ -195,12 +198,9 @@ class Qwen3Reranker(BaseNodePostprocessor):
         reordered = []
         for result in ranking:
             retrieved = nodes[result.index]
-            told: dict[str, Any] = {}
+            told = passage(texts[result.index], result)
             if self.keep_retrieval_score:
                 told[_RETRIEVAL_SCORE] = retrieved.score
-            if result.window is not None:
-                start, stop = result.window
-                told[PASSAGE] = texts[result.index][start:stop]
             score = float(result.score) if result.reranked else None
             reordered.append(NodeWithScore(node=_telling(retrieved.node, told), score=score))
         return reordered
@@ -215,12 +215,13 @@ def _query(query_bundle: QueryBundle | None) -> str:
 
 
 def _telling(node: BaseNode, told: dict[str, Any]) -> BaseNode:
-    """Return a node with more metadata, which models do not see, or itself if there is none."""
-    if not told:
+    """Return a node with more metadata, which models do not see, or itself if nothing changes."""
+    others = {key: value for key, value in node.metadata.items() if key not in (PASSAGE, SPAN)}
+    if not told and len(others) == len(node.metadata):
         return node
     # A copy, because the node may live in the index; unseen, or a second reranker would read it.
     excluded = {
         name: list(dict.fromkeys([*getattr(node, name), *told]))
         for name in ("excluded_embed_metadata_keys", "excluded_llm_metadata_keys")
     }
-    return node.model_copy(update={"metadata": {**node.metadata, **told}, **excluded})
+    return node.model_copy(update={"metadata": {**others, **told}, **excluded})
