@@ -77,6 +77,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(served: Served, arguments: argparse.Namespace, output: Path) -> int:
     """Run the benchmarks that a command line names; return its exit status."""
+    if arguments.eval_file or arguments.guard_file or arguments.instruction_check:
+        raise InputError(
+            "--benchmark was given together with flags of candidate lists, which mteb does not "
+            "read. Run evaluate once for each."
+        )
     check_installed()
     tasks = {name: benchmark_tasks(name) for name in arguments.benchmark}
     prompts = {} if arguments.task_prompts is None else read_task_prompts(arguments.task_prompts)
@@ -98,6 +103,7 @@ def run(served: Served, arguments: argparse.Namespace, output: Path) -> int:
     settings = {
         "model": served.adapter or served.model,
         "template": f"{rendered.id}, {rendered.hash[:12]}",
+        "default instruction": rendered.default_instruction,
         "first stage": f"{arguments.first_stage}, best {TOP_K}",
     }
     for line in report_lines(settings, by_benchmark):
@@ -192,6 +198,9 @@ def _concerns(
     if PUBLISHED_EVAL.hash[:12] not in settings["template"]:
         yield f"! The published figures are of another prompt, the template {PUBLISHED_EVAL.id}."
     for name, scores in benchmarks.items():
+        without = sum(s.instruction == settings["default instruction"] for s in scores)
+        if without:
+            yield f"! {name}: {without} of {len(scores)} tasks lack an instruction: --task_prompts."
         worse = [s for s in scores if s.first_stage is not None and s.reranked < s.first_stage]
         if worse:
             yield f"! {name}: reranking loses in {len(worse)} of {len(scores)} tasks."

@@ -33,6 +33,8 @@ from .retrieval import BM25
 TOP_K = 100
 """Candidates of a query, as published; mteb's default is 10."""
 
+OWN_INSTRUCTIONS = "each query's own"
+
 
 @dataclass(frozen=True, slots=True)
 class TaskScore:
@@ -41,7 +43,7 @@ class TaskScore:
     Attributes:
         task: Its name in mteb.
         metric: mteb's main metric of it.
-        instruction: Sentence of every query that brings none of its own.
+        instruction: Sentence of its queries, or `OWN_INSTRUCTIONS`.
         first_stage: Score of the first stage; None if the task brings its candidates.
         reranked: Score after reranking.
         dataset_revision: Of the data.
@@ -107,7 +109,11 @@ def rerank_tasks(
         scores[name] = TaskScore(
             task=name,
             metric=task.metadata.main_score,
-            instruction=task_instruction(task.metadata, prompts) or default,
+            instruction=(
+                OWN_INSTRUCTIONS
+                if task.metadata.type.startswith("Instruction")
+                else task_instruction(task.metadata, prompts) or default
+            ),
             first_stage=float(first[name].get_score()) if name in first else None,
             reranked=float(result.get_score()),
             dataset_revision=result.dataset_revision,
