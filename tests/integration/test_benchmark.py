@@ -353,9 +353,24 @@ def test_command_shows_what_is_compared_with_what(
     assert any(line.startswith("NanoBEIR ") and line.endswith("none") for line in lines)
 
 
+def test_an_adapter_is_served_under_its_own_prompt(
+    fruit_only: None, checkpoint: Callable[..., Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    base = checkpoint()
+    adapter = real_parts.save_random_adapter(tmp_path / "adapter", base)
+    command = ["evaluate", "--model", str(base), "--adapter", str(adapter), "--benchmark",
+               "NanoBEIR", "--first_stage", "bm25", "--output_dir", str(tmp_path)]  # fmt: skip
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "template: qwen3-reranker, " in out
+    assert "! The published figures are of another prompt" in out
+    assert "! NanoBEIR: 1 of 2 tasks lack an instruction" in out
+
+
 def test_an_encoder_on_disk_is_a_first_stage(reranker: Reranker, tmp_path: Path) -> None:
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import StaticEmbedding
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
     folder = tmp_path / "encoder"
     tokenizer = real_parts.qwen3_tokenizer_file()
