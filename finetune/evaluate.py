@@ -28,6 +28,7 @@ from qwen3_reranker.errors import DataError
 from qwen3_reranker.loading import attention_budget
 from qwen3_reranker.packing import Budget
 
+from . import benchmark
 from .metrics import ScoredSet, alarms, calibration, compare, heuristics, measure, spread
 from .output import hash_file
 from .report import Report, SetReport, summary_lines, write_report
@@ -197,12 +198,10 @@ def main(argv: Sequence[str]) -> int:
     output = Path(arguments.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     tuned = Served(
-        arguments.model,
-        arguments.adapter,
-        arguments.dtype,
-        arguments.device,
-        arguments.max_length,
+        arguments.model, arguments.adapter, arguments.dtype, arguments.device, arguments.max_length
     )
+    if arguments.benchmark:
+        return benchmark.run(tuned, arguments, output)
     after = saved_scores(tuned, lists, output)
     if tuned.adapter is not None:
         before, base = saved_scores(replace(tuned, adapter=None), lists, output), tuned.model
@@ -258,6 +257,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="also rank with the template's and with another query's instruction",
     )
+    benchmark.add_arguments(parser)
     return parser
 
 

@@ -1,0 +1,211 @@
+"""`evaluate --benchmark`: a reranker on mteb's tasks, beside the published figures.
+
+Decides which tasks a benchmark has, under which prompt they are run, and which figures stand side
+by side. How they are run is `two_stage.py`'s; what a ranking is worth is mteb's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+from qwen3_reranker import Reranker, checkpoint
+from qwen3_reranker.errors import DataError, InputError
+from qwen3_reranker.prompt import PUBLISHED_EVAL, TEMPLATES
+from qwen3_reranker.terminal import fit
+
+from .two_stage import TOP_K, TaskScore, check_installed, rerank_tasks
+
+if TYPE_CHECKING:
+    from .evaluate import Served
+
+FIRST_STAGE = "Qwen/Qwen3-Embedding-0.6B"
+"""The published figures are all of its candidates."""
+
+_SOURCES = {
+    "MTEB-R": ("MTEB(eng, v2)", "Retrieval"),
+    "CMTEB-R": ("MTEB(cmn, v1)", "Retrieval"),
+    "MMTEB-R": ("MTEB(Multilingual, v2)", "Retrieval"),
+    "MTEB-Code": ("MTEB(Code, v1)", "Retrieval"),
+    "FollowIR": ("FollowIR", "InstructionReranking"),
+    "NanoBEIR": ("NanoBEIR", "Retrieval"),
+}
+"""Benchmarks of mteb, and the type of the tasks that are taken of each."""
+
+BENCHMARKS = ("MTEB-R", "CMTEB-R", "MMTEB-R", "MLDR", "MTEB-Code", "FollowIR", "NanoBEIR")
+"""The six columns that were published, and a cheap one that was not."""
+
+_MODELS = ("first", "0.6B", "4B", "8B", "Jina", "gte", "BGE")
+# arXiv 2506.05176 and the model cards of Qwen3-Reranker: mean over tasks, times 100.
+PUBLISHED = {
+    "MTEB-R": (61.82, 65.80, 69.76, 69.02, 58.22, 59.51, 57.03),
+    "CMTEB-R": (71.02, 71.31, 75.94, 77.45, 63.37, 74.08, 72.16),
+    "MMTEB-R": (64.64, 66.36, 72.74, 72.94, 63.73, 59.44, 58.36),
+    "MLDR": (50.26, 67.28, 69.97, 70.19, 39.66, 66.33, 59.51),
+    "MTEB-Code": (75.41, 73.42, 81.20, 81.22, 58.98, 54.18, 41.38),
+    "FollowIR": (5.09, 5.41, 14.84, 8.05, -0.68, -1.64, -0.01),
+}
+_LEGEND = """Published: arXiv 2506.05176 and the model cards. "first" is Qwen3-Embedding-0.6B,
+whose best 100 all others order: Qwen3-Reranker 0.6B, 4B and 8B,
+Jina-multilingual-reranker-v2-base, gte-multilingual-reranker-base and
+BGE-reranker-v2-m3. Main metric of a task (mostly nDCG@10, p-MRR in FollowIR),
+mean over tasks, times 100."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that belong to benchmarks."""
+    group = parser.add_argument_group("benchmarks of mteb, instead of candidate lists")
+    group.add_argument("--benchmark", nargs="+", metavar="NAME", help=", ".join(BENCHMARKS))
+    group.add_argument(
+        "--first_stage", default=FIRST_STAGE, help='"bm25" or an encoder; default: %(default)s'
+    )
+    group.add_argument(
+        "--template",
+        choices=sorted(TEMPLATES),
+        help=f"prompt; default: the adapter's own, without an adapter {PUBLISHED_EVAL.id}",
+    )
+    group.add_argument(
+        "--task_prompts", metavar="FILE", help='JSON {"task": "sentence"}; default: mteb\'s'
+    )
+
+
+def run(served: Served, arguments: argparse.Namespace, output: Path) -> int:
+    """Run the benchmarks that a command line names; return its exit status."""
+    if arguments.eval_file or arguments.guard_file or arguments.instruction_check:
+        raise InputError(
+            "--benchmark was given together with flags of candidate lists, which mteb does not "
+            "read. Run evaluate once for each."
+        )
+    check_installed()
+    tasks = {name: benchmark_tasks(name) for name in arguments.benchmark}
+    prompts = {} if arguments.task_prompts is None else read_task_prompts(arguments.task_prompts)
+    template = arguments.template or (None if served.adapter else PUBLISHED_EVAL.id)
+    with Reranker(**asdict(served), template=template) as reranker:
+        rendered = reranker.loaded.tokenizer.template  # a model that does not load fails here
+        weights = [checkpoint.stamp(m) for m in (served.model, served.adapter) if m is not None]
+        key = (weights, served.dtype, served.max_length, rendered.hash, prompts)
+        scores = rerank_tasks(
+            [task for group in tasks.values() for task in group],
+            reranker,
+            arguments.first_stage,
+            output,
+            key=key,
+            task_prompts=prompts,
+            device=served.device,
+        )
+    by_benchmark = {name: [scores[t.metadata.name] for t in group] for name, group in tasks.items()}
+    settings = {
+        "model": served.adapter or served.model,
+        "template": f"{rendered.id}, {rendered.hash[:12]}",
+        "default instruction": rendered.default_instruction,
+        "first stage": f"{arguments.first_stage}, best {TOP_K}",
+    }
+    for line in report_lines(settings, by_benchmark):
+        print(line)
+    file = output / "benchmark.json"
+    found = {name: [asdict(score) for score in row] for name, row in by_benchmark.items()}
+    file.write_text(json.dumps({"settings": settings, "benchmarks": found}, indent=1) + "\n")
+    print(f"Every digit: {file}")
+    return 0
+
+
+def benchmark_tasks(name: str) -> list[Any]:
+    """Return the tasks of a benchmark; no data is loaded.
+
+    Raises:
+        InputError: If there is no such benchmark.
+        MissingExtraError: Without mteb.
+    """
+    check_installed()
+    import mteb
+
+    if name == "MLDR":
+        return [mteb.get_task("MultiLongDocRetrieval", eval_splits=["test"])]
+    if name not in _SOURCES:
+        known = {each.lower(): each for each in BENCHMARKS}
+        near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+        hint = f" Did you mean {known[near[0]]}?" if near else ""
+        raise InputError(
+            f"--benchmark {name!r} is none of those whose tasks are known here: "
+            f"{', '.join(BENCHMARKS)}.{hint or ' Pass one of them.'}"
+        )
+    source, kind = _SOURCES[name]
+    return [task for task in mteb.get_benchmark(source).tasks if task.metadata.type == kind]
+
+
+def read_task_prompts(path: str) -> dict[str, str]:
+    """Read task sentences: `{"task": "sentence"}`, or `{"task": {"query": "sentence"}}`.
+
+    `evaluation/task_prompts.json` of QwenLM/Qwen3-Embedding, which the published evaluation read,
+    is such a file.
+
+    Raises:
+        DataError: If it is none.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        prompts = {
+            task: value["query"] if isinstance(value, dict) else value
+            for task, value in content.items()
+        }
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise DataError(
+            f"{path}: no task sentences can be read ({type(error).__name__}). It must be JSON such "
+            'as {"FiQA2018": "Given a financial question, ..."}.'
+        ) from error
+    wrong = [task for task, sentence in prompts.items() if not isinstance(sentence, str)]
+    if wrong:
+        raise DataError(
+            f"{path}: the sentence of {wrong[0]} must be a string, got "
+            f"{type(prompts[wrong[0]]).__name__}. Correct it, or leave the task out for mteb's."
+        )
+    return prompts
+
+
+def report_lines(
+    settings: Mapping[str, str], benchmarks: Mapping[str, Sequence[TaskScore]]
+) -> list[str]:
+    """Return settings, each task, and the means beside the published ones, for 80 columns."""
+    lines = [f"{name}: {value}" for name, value in settings.items()]
+    for name, scores in benchmarks.items():
+        lines += ["", f"{name:30} first reranked instruction"]
+        lines += [
+            f"{each.task:29.29} {_cells(each.first_stage, each.reranked)} {each.instruction}"
+            for each in scores
+        ]
+    lines += ["", f"{'':10} here{'':13}published"]
+    lines.append(f"{'':10} first reranked" + "".join(f"{model:>7}" for model in _MODELS))
+    for name, scores in benchmarks.items():
+        first = [each.first_stage for each in scores if each.first_stage is not None]
+        own = _cells(mean(first) if first else None, mean(each.reranked for each in scores))
+        published = "".join(f"{value:7.2f}" for value in PUBLISHED.get(name, ()))
+        lines.append(f"{name:10}{own}{published or '   none'}")
+    lines += ["", *_LEGEND.splitlines(), *_concerns(settings, benchmarks)]
+    return [fit(line) for line in lines]
+
+
+def _concerns(
+    settings: Mapping[str, str], benchmarks: Mapping[str, Sequence[TaskScore]]
+) -> Iterator[str]:
+    if FIRST_STAGE not in settings["first stage"]:
+        yield f"! The published figures are of other candidates, those of {FIRST_STAGE}."
+    if PUBLISHED_EVAL.hash[:12] not in settings["template"]:
+        yield f"! The published figures are of another prompt, the template {PUBLISHED_EVAL.id}."
+    for name, scores in benchmarks.items():
+        without = sum(s.instruction == settings["default instruction"] for s in scores)
+        if without:
+            yield f"! {name}: {without} of {len(scores)} tasks lack an instruction: --task_prompts."
+        worse = [s for s in scores if s.first_stage is not None and s.reranked < s.first_stage]
+        if worse:
+            yield f"! {name}: reranking loses in {len(worse)} of {len(scores)} tasks."
+
+
+def _cells(first_stage: float | None, reranked: float) -> str:
+    first = "-" if first_stage is None else f"{100 * first_stage:.2f}"
+    return f"{first:>6}{100 * reranked:9.2f}"
