@@ -29,8 +29,8 @@ from statistics import fmean
 import bm25s  # type: ignore[import-untyped]
 
 from finetune.cli import parse_training, training_parser
-from finetune.evaluate import Served, read_lists, saved_scores
 from finetune.metrics import ScoredSet, compare, heuristics, measure
+from finetune.served import Served, read_lists, saved_scores
 from qwen3_reranker.candidates import CandidateList
 
 CONFIG = "recipes/support/train.yaml"

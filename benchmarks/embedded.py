@@ -17,8 +17,8 @@ from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 
-from finetune.evaluate import Lists, Scores, Served, read_lists, saved_scores
 from finetune.metrics import ScoredSet, compare, measure
+from finetune.served import Lists, Scores, Served, read_lists, saved_scores
 from qwen3_reranker.candidates import CandidateList
 
 POOLED = ("general_en", "med_en", "code_cosqa")

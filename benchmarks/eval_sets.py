@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from finetune.evaluate import Served, read_lists, saved_scores
 from finetune.metrics import Comparison, ScoredSet, compare, heuristics, measure
+from finetune.served import Served, read_lists, saved_scores
 from qwen3_reranker.candidates import CandidateList
 
 ENDING = ".eval.jsonl.xz"

@@ -27,9 +27,9 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
-from finetune.evaluate import Served, read_lists, saved_scores
 from finetune.metrics import ScoredSet, compare, measure
 from finetune.negatives import Mining
+from finetune.served import Served, read_lists, saved_scores
 from qwen3_reranker.candidates import CandidateList
 
 SETS = ("med_en.dev", "med_en.mini", "med_liveqa.eval")
@@ -152,10 +152,9 @@ def report_negatives(name: str, mined: Path, hidden: dict[str, str]) -> None:
 
 
 def train(model: str, rows: Path, folder: Path, seed: int) -> None:
-    """Train on the rows, unless that is done."""
-    if not folder.exists():
-        run("train", "--model_name_or_path", model, "--train_file", rows, "--output_dir", folder,
-            "--seed", seed, *TRAINING)  # fmt: skip
+    """Train on the rows; a finished run is left alone."""
+    run("train", "--model_name_or_path", model, "--train_file", rows, "--output_dir", folder,
+        "--seed", seed, *TRAINING)  # fmt: skip
 
 
 def run(*command: object) -> None:

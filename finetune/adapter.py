@@ -20,6 +20,8 @@ from qwen3_reranker.adapters import ADAPTER_RECORD
 
 from .config import RerankerArguments
 from .data import TrainingFile
+from .output import write_json
+from .publish import write_card
 from .trainee import Base, Trainee
 
 _LIBRARIES = ("qwen3-reranker", "torch", "transformers", "tokenizers", "peft", "accelerate", "trl")
@@ -36,7 +38,7 @@ def save_adapter(
 ) -> None:
     """Write weights (safetensors), record, resolved settings and model card.
 
-    The card names the run's output folder, into which the files are to be moved.
+    The card has the name of the run's output folder, into which the files are to be moved.
     A fully fine-tuned model is written with its tokenizer and loads as a model of its own.
     """
     trainee.save(folder)
@@ -71,43 +73,22 @@ def save_adapter(
         "history": list(history),
     }
     write_json(folder / "run.json", run)
-    (folder / "README.md").write_text(_card(str(training.output_dir), base, run), encoding="utf-8")
+    output, source = Path(str(training.output_dir)).name, base.name
+    if Path(source).exists():
+        source = Path(source).resolve().name
+    named = f'"{output}"' if base.peft is None else f'"{source}", adapter="{output}"'
+    write_card(
+        folder, source, template, template.default_instruction,
+        f"qwen3_reranker.Reranker({named})", name=output,
+        notes=f"Fine-tuned from {source} with the loss {arguments.loss}. Data and settings: "
+        "run.json. What it gained, with confidence intervals: report.html.",
+    )  # fmt: skip
 
 
 def _name_base(file: Path, name: str) -> None:
     """Put the base's name where peft writes the folder it was read from on this machine."""
     settings = json.loads(file.read_text(encoding="utf-8"))
     write_json(file, {**settings, "base_model_name_or_path": name})
-
-
-def _card(folder: str, base: Base, run: Mapping[str, Any]) -> str:
-    how = (
-        f'reranker = Reranker("{folder}")'
-        if base.peft is None
-        else f'reranker = Reranker("{base.name}", adapter="{folder}")'
-    )
-    return f"""---
-base_model: {base.name}
-library_name: {"transformers" if base.peft is None else "peft"}
-pipeline_tag: text-ranking
-tags: [reranker, cross-encoder, qwen3-reranker{"" if base.peft is None else ", lora"}]
----
-# Qwen3-Reranker fine-tune of {base.name}
-
-A yes/no cross-encoder: P("yes") says whether a document meets an instruction for a query.
-
-```python
-from qwen3_reranker import Reranker
-
-{how}
-results = reranker.rank("a query", ["a document", "another"])
-```
-
-Prompt template `{run["template"]["id"]}` ({run["template"]["hash"][:12]}), loss
-`{run["arguments"]["loss"]}`, learning rate {run["training"]["learning_rate"]}, seed
-{run["training"]["seed"]}. Data and settings: `run.json`. What it gained, with confidence
-intervals: `report.html`. Scores order the documents of one query; they are not calibrated.
-"""
 
 
 def _versions() -> dict[str, str]:
@@ -118,8 +99,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[library] = "not installed"
     return found
-
-
-def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Write a file that people read, too."""
-    file.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")

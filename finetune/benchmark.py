@@ -13,17 +13,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qwen3_reranker import Reranker, checkpoint
 from qwen3_reranker.errors import DataError, InputError
 from qwen3_reranker.prompt import PUBLISHED_EVAL, TEMPLATES
 from qwen3_reranker.terminal import fit
 
+from .output import write_json
+from .served import Served
 from .two_stage import TOP_K, TaskScore, check_installed, rerank_tasks
-
-if TYPE_CHECKING:
-    from .evaluate import Served
 
 FIRST_STAGE = "Qwen/Qwen3-Embedding-0.6B"
 """The published figures are all of its candidates."""
@@ -62,9 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that belong to benchmarks."""
     group = parser.add_argument_group("benchmarks of mteb, instead of candidate lists")
     group.add_argument("--benchmark", nargs="+", metavar="NAME", help=", ".join(BENCHMARKS))
-    group.add_argument(
-        "--first_stage", default=FIRST_STAGE, help='"bm25" or an encoder; default: %(default)s'
-    )
+    group.add_argument("--first_stage", help=f'"bm25" or an encoder; default: {FIRST_STAGE}')
     group.add_argument(
         "--template",
         choices=sorted(TEMPLATES),
@@ -75,25 +72,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def refuse_mixture(arguments: argparse.Namespace) -> None:
+    """Refuse flags that would do nothing.
+
+    Raises:
+        InputError: If there is nothing to measure, or what is asked for belongs to two commands.
+    """
+    of_lists = ("eval_file", "guard_file", "depth", "instruction_check", "relevant_from")
+    of_benchmarks = ("first_stage", "template", "task_prompts")
+    if not arguments.benchmark and not arguments.eval_file and not arguments.guard_file:
+        raise InputError(
+            "there is nothing to evaluate on. Pass --eval_file FILE, or --benchmark NAME."
+        )
+    others = of_lists if arguments.benchmark else of_benchmarks
+    mixed = [f"--{name}" for name in others if getattr(arguments, name) not in (None, [], False)]
+    if mixed:
+        one, other = ("benchmarks", "candidate lists")[:: 1 if arguments.benchmark else -1]
+        raise InputError(
+            f"{' and '.join(mixed)} cannot be used here: {one} are measured, and that is of "
+            f"{other}. Run evaluate once for each."
+        )
+
+
 def run(served: Served, arguments: argparse.Namespace, output: Path) -> int:
     """Run the benchmarks that a command line names; return its exit status."""
-    if arguments.eval_file or arguments.guard_file or arguments.instruction_check:
-        raise InputError(
-            "--benchmark was given together with flags of candidate lists, which mteb does not "
-            "read. Run evaluate once for each."
-        )
-    check_installed()
+    first_stage = arguments.first_stage or FIRST_STAGE
     tasks = {name: benchmark_tasks(name) for name in arguments.benchmark}
     prompts = {} if arguments.task_prompts is None else read_task_prompts(arguments.task_prompts)
     template = arguments.template or (None if served.adapter else PUBLISHED_EVAL.id)
     with Reranker(**asdict(served), template=template) as reranker:
         rendered = reranker.loaded.tokenizer.template  # a model that does not load fails here
         weights = [checkpoint.stamp(m) for m in (served.model, served.adapter) if m is not None]
-        key = (weights, served.dtype, served.max_length, rendered.hash, prompts)
+        key = (weights, served.dtype, served.device, served.max_length, rendered.hash, prompts)
         scores = rerank_tasks(
             [task for group in tasks.values() for task in group],
             reranker,
-            arguments.first_stage,
+            first_stage,
             output,
             key=key,
             task_prompts=prompts,
@@ -104,13 +118,13 @@ def run(served: Served, arguments: argparse.Namespace, output: Path) -> int:
         "model": served.adapter or served.model,
         "template": f"{rendered.id}, {rendered.hash[:12]}",
         "default instruction": rendered.default_instruction,
-        "first stage": f"{arguments.first_stage}, best {TOP_K}",
+        "first stage": f"{first_stage}, best {TOP_K}",
     }
     for line in report_lines(settings, by_benchmark):
         print(line)
     file = output / "benchmark.json"
     found = {name: [asdict(score) for score in row] for name, row in by_benchmark.items()}
-    file.write_text(json.dumps({"settings": settings, "benchmarks": found}, indent=1) + "\n")
+    write_json(file, {"settings": settings, "benchmarks": found})
     print(f"Every digit: {file}")
     return 0
 

@@ -7,7 +7,6 @@ Decides which files are judged pairs, and what is written and printed. What is f
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,11 +19,9 @@ from qwen3_reranker.calibration import FILE_NAME
 from qwen3_reranker.candidates import CandidateList
 from qwen3_reranker.collection import is_collection
 from qwen3_reranker.errors import InputError
-from qwen3_reranker.inputs import DTYPES
 from qwen3_reranker.jsonl import read_rows
 
 from .data import HUB, read_training_file
-from .evaluate import Served, next_step, read_lists, score_lists
 from .fitting import (
     MIN_KEPT,
     Fit,
@@ -37,7 +34,9 @@ from .fitting import (
     refuse_few,
 )
 from .metrics import ScoredSet
+from .output import write_json
 from .report import AFTER, BEFORE
+from .served import Served, next_step, read_lists, score_lists
 
 
 def read_judged(paths: Sequence[str], relevant_from: int) -> list[CandidateList]:
@@ -91,8 +90,7 @@ def main(argv: Sequence[str]) -> int:
         )
     lists = read_judged(arguments.eval_file, arguments.relevant_from)
     refuse_few(lists)
-    served = Served(arguments.model, arguments.adapter, arguments.dtype, arguments.device,
-                    arguments.max_length)  # fmt: skip
+    served = Served.of(arguments)
     with Reranker(**asdict(served)) as reranker:
         scored = ScoredSet("calibration", lists, score_lists(reranker, {"": lists})[""])
         loaded = reranker.loaded
@@ -122,7 +120,7 @@ def main(argv: Sequence[str]) -> int:
     }  # fmt: skip
     file = _folder(arguments) / FILE_NAME
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_json(file, record)
     Calibration.read(file)  # what is printed next must work
     draw(file.with_suffix(".png"), found, thresholds, chosen)
     for line in [*_summary(record["fitted_on"], found), _advice(thresholds, chosen, target)]:
@@ -140,8 +138,7 @@ def _parser() -> argparse.ArgumentParser:
         "and find the score_threshold of a precision. Writes calibration.json, which a reranker "
         "takes as calibration=, and a plot.",
     )
-    parser.add_argument("--model", required=True, help='Hub name, folder or "embedded"')
-    parser.add_argument("--adapter", help="LoRA weights")
+    Served.add_arguments(parser)
     parser.add_argument(
         "--eval_file", nargs="+", required=True, help="judged candidate lists or labelled pairs"
     )
@@ -150,9 +147,6 @@ def _parser() -> argparse.ArgumentParser:
         "--relevant_from", type=int, default=1, help="lowest label that is relevant"
     )
     parser.add_argument("--output_dir", help="default: the adapter's folder")
-    parser.add_argument("--max_length", type=int, default=8192, help="tokens per pair")
-    parser.add_argument("--dtype", choices=DTYPES)
-    parser.add_argument("--device", help="such as cpu or cuda:1")
     return parser
 
 

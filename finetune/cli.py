@@ -10,7 +10,9 @@ import argparse
 import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import import_module
 from typing import Any, NoReturn
 
 from qwen3_reranker import __version__
@@ -31,6 +33,13 @@ Each command has --help. A first run:
 """
 
 
+_MODULES = {
+    "mine": "finetune,mine", "evaluate": "finetune", "calibrate": "finetune,calibration",
+    "merge": "finetune", "export": "finetune",
+}  # fmt: skip
+"""Commands that have a module of their name, and the extras it needs."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status.
 
@@ -44,9 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = {
-        "validate": _validate, "mine": _mine, "train": _train, "evaluate": _evaluate,
-        "calibrate": _calibrate, "merge": _merge, "export": _export,
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "validate": _validate, "train": _train,
+        **{name: partial(_module, name) for name in _MODULES},
     }  # fmt: skip
     parser.add_argument("command", choices=commands, metavar="command")
     command = parser.parse_args(arguments[:1]).command
@@ -58,6 +67,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return 130
+
+
+def _module(name: str, argv: list[str]) -> int:
+    """Run a command's module."""
+    try:
+        module = import_module(f".{name}", __package__)
+    except ModuleNotFoundError as error:
+        raise MissingExtraError.of(name, error.name, _MODULES[name]) from error
+    status: int = module.main(argv)
+    return status
 
 
 def _validate(argv: list[str]) -> int:
@@ -83,12 +102,6 @@ def _validate(argv: list[str]) -> int:
     return status
 
 
-def _mine(argv: list[str]) -> int:
-    from .mine import main as mine
-
-    return mine(argv)
-
-
 def _train(argv: list[str]) -> int:
     parser = training_parser()
     arguments, model, training = parse_training(parser, argv)
@@ -109,35 +122,6 @@ def _train(argv: list[str]) -> int:
     return 0
 
 
-def _evaluate(argv: list[str]) -> int:
-    from .evaluate import main as evaluate
-
-    return evaluate(argv)
-
-
-def _calibrate(argv: list[str]) -> int:
-    try:
-        from .calibrate import main as calibrate
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"calibrating needs {error.name}, which is not installed. Run: "
-            'pip install "qwen3-reranker[finetune,calibration]"'
-        ) from error
-    return calibrate(argv)
-
-
-def _merge(argv: list[str]) -> int:
-    from .merge import main as merge
-
-    return merge(argv)
-
-
-def _export(argv: list[str]) -> int:
-    from .export import main as export
-
-    return export(argv)
-
-
 def training_parser() -> Any:
     """Return the parser of `train`: our settings, TRL's model settings, the Trainer's.
 
@@ -147,10 +131,7 @@ def training_parser() -> Any:
     try:
         from trl import ModelConfig, TrlParser  # type: ignore[attr-defined]
     except ImportError as error:
-        raise MissingExtraError(
-            f"training needs {error.name or 'trl'}, which is not installed. Run: "
-            'pip install "qwen3-reranker[finetune]"'
-        ) from error
+        raise MissingExtraError.of("training", error.name or "trl", "finetune") from error
     from dataclasses import dataclass, field
 
     from transformers import TrainingArguments

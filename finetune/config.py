@@ -82,11 +82,14 @@ class RerankerArguments:
                 f"--instruction_dropout must be between 0 and 1, got {self.instruction_dropout}. "
                 "It is a share of the groups."
             )
-        for name in ("num_positives", "num_negatives", "max_length"):
-            if getattr(self, name) < 1:
+        for name in (
+            "num_positives", "num_negatives", "max_length", "max_batch_tokens", "max_eval_queries",
+            "relevant_from",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < 1:
                 raise InputError(
-                    f"--{name} must be at least 1, got {getattr(self, name)}. Leave it out for "
-                    "the default."
+                    f"--{name} must be at least 1, got {value}. Leave it out for the default."
                 )
 
     def instruction_of(self, file: int) -> str | None:

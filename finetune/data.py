@@ -255,10 +255,7 @@ def _dataset_rows(path: str) -> Iterator[Row]:
     try:
         import datasets  # type: ignore[import-untyped]
     except ImportError as error:
-        raise MissingExtraError(
-            f"{path} is read with datasets, which is not installed. Run: "
-            'pip install "qwen3-reranker[finetune]"'
-        ) from error
+        raise MissingExtraError.of(f"reading {path}", error.name, "finetune") from error
     name, _, split = path.removeprefix(HUB).partition(":")
     try:
         if path.startswith(HUB):

@@ -1,30 +1,24 @@
-"""Candidate lists before and after: who scores them, and what is compared.
+"""Candidate lists before and after: what is compared, and what early stopping reads.
 
-Decides in which order lists are scored, which number early stopping reads, and what the command
-`evaluate` does. What rankings are worth is `metrics.py`'s; how it looks is `report.py`'s.
+Decides how a trainee scores lists, and what the command `evaluate` does. What rankings are worth is
+`metrics.py`'s; how it looks is `report.py`'s.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import random
-import shlex
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 
 from accelerate import PartialState  # type: ignore[import-untyped]
 from accelerate.utils import gather_object  # type: ignore[import-untyped]
-from tqdm import tqdm
 
-from qwen3_reranker import Reranker, checkpoint
-from qwen3_reranker.candidates import CandidateList, ndcg_at_10, read_candidates
+from qwen3_reranker.candidates import CandidateList, ndcg_at_10
 from qwen3_reranker.collection import files_of
 from qwen3_reranker.engine import Engine
-from qwen3_reranker.errors import DataError
 from qwen3_reranker.loading import attention_budget
 from qwen3_reranker.packing import Budget
 
@@ -32,11 +26,8 @@ from . import benchmark
 from .metrics import ScoredSet, alarms, calibration, compare, heuristics, measure, spread
 from .output import hash_file
 from .report import Report, SetReport, summary_lines, write_report
+from .served import Lists, Scores, Served, next_step, read_lists, saved_scores, score_each
 from .trainee import Trainee
-
-Lists = Mapping[str, Sequence[CandidateList]]
-Scores = Mapping[str, list[list[float]]]
-"""Log-odds of every candidate, by set and list."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +75,7 @@ class Evaluation:
         count = state.num_processes
         share = {name: rows[state.process_index :: count] for name, rows in self.lists.items()}
         try:
-            shares = gather_object([_score_lists(share, score)])
+            shares = gather_object([score_each(share, score)])
         finally:
             engine.close()
             network.train(was_training)
@@ -122,56 +113,33 @@ class Evaluation:
         return replace(self, lists=lists)
 
 
-@dataclass(frozen=True, slots=True)
-class Served:
-    """A model as the core serves it; settings as of `Reranker`."""
-
-    model: str
-    adapter: str | None = None
-    dtype: str | None = None
-    device: str | None = None
-    max_length: int = 8192
-
-
-def read_lists(paths: Sequence[str], *, depth: int | None = None) -> dict[str, list[CandidateList]]:
-    """Read judged candidate lists, by the name of their file or folder; `depth` as of `first`.
-
-    Raises:
-        DataError: With every fault of every file.
-    """
-    found: dict[str, list[CandidateList]] = {}
-    faults = []
-    for path in paths:
-        name = Path(path).resolve().name
-        for suffix in (".gz", ".xz", ".jsonl", ".trec", ".run"):
-            name = name.removesuffix(suffix)
-        try:
-            if name in found:
-                raise DataError(f"two evaluation files are called '{name}'. Rename one of them.")
-            found[name] = [each.first(depth) for each in _judged(path)]
-        except DataError as error:
-            faults.append(str(error))
-    if faults:
-        raise DataError("\n".join(faults))
-    return found
-
-
 def compare_sets(
-    lists: Lists, before: Scores, after: Scores, guards: Collection[str] = ()
+    lists: Lists,
+    before: Scores,
+    after: Scores,
+    guards: Collection[str] = (),
+    *,
+    relevant_from: int = 1,
 ) -> list[SetReport]:
-    """Return what changed in each set, with significance, calibration and alarms."""
+    """Return what changed in each set, with significance, calibration and alarms.
+
+    Labels from `relevant_from` on are relevant; nDCG is of graded labels whatever it is.
+    """
     return [
         _compare_set(
             ScoredSet(name, lists[name], before[name]),
             ScoredSet(name, lists[name], after[name]),
             is_guard=name in guards,
+            relevant_from=relevant_from,
         )
         for name in lists
     ]
 
 
-def _compare_set(before: ScoredSet, after: ScoredSet, *, is_guard: bool) -> SetReport:
-    was, now = measure(before), measure(after)
+def _compare_set(
+    before: ScoredSet, after: ScoredSet, *, is_guard: bool, relevant_from: int
+) -> SetReport:
+    was, now = (measure(each, relevant_from=relevant_from) for each in (before, after))
     unread = {
         name: mean(measure(ScoredSet(before.name, before.lists, scores))["nDCG@10"])
         for name, scores in heuristics(before.lists).items()
@@ -183,9 +151,9 @@ def _compare_set(before: ScoredSet, after: ScoredSet, *, is_guard: bool) -> SetR
         num_queries=len(before.lists),
         metrics={metric: compare(was[metric], now[metric]) for metric in was},
         heuristics=unread,
-        calibration_before=calibration(before),
-        calibration_after=calibration(after),
-        alarms=alarms(spread(after)),
+        calibration_before=calibration(before, relevant_from=relevant_from),
+        calibration_after=calibration(after, relevant_from=relevant_from),
+        alarms=alarms(spread(after, relevant_from=relevant_from)),
         per_query=list(zip(ids, was["nDCG@10"], now["nDCG@10"], strict=True)),
     )
 
@@ -193,13 +161,12 @@ def _compare_set(before: ScoredSet, after: ScoredSet, *, is_guard: bool) -> SetR
 def main(argv: Sequence[str]) -> int:
     """Run `qwen3-finetune evaluate`; return its exit status."""
     arguments = _parser().parse_args(argv)
+    benchmark.refuse_mixture(arguments)
     lists = read_lists([*arguments.eval_file, *arguments.guard_file], depth=arguments.depth)
     guards = list(lists)[len(arguments.eval_file) :]
     output = Path(arguments.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    tuned = Served(
-        arguments.model, arguments.adapter, arguments.dtype, arguments.device, arguments.max_length
-    )
+    tuned = Served.of(arguments)
     if arguments.benchmark:
         return benchmark.run(tuned, arguments, output)
     after = saved_scores(tuned, lists, output)
@@ -208,7 +175,10 @@ def main(argv: Sequence[str]) -> int:
     else:
         before = {name: heuristics(each)["given order"] for name, each in lists.items()}
         base = "first stage"
-    sets = compare_sets(lists, before, after, guards)
+    relevant_from = 1 if arguments.relevant_from is None else arguments.relevant_from
+    sets = compare_sets(lists, before, after, guards, relevant_from=relevant_from)
+    if tuned.adapter is None:  # ranks are no log-odds
+        sets = [replace(each, calibration_before=None) for each in sets]
     if arguments.instruction_check:
         sets = [
             replace(each, instruction=_instruction_check(tuned, each, lists, output))
@@ -217,7 +187,7 @@ def main(argv: Sequence[str]) -> int:
     report = Report(
         title=f"{base} and {tuned.adapter or tuned.model}",
         base=base,
-        adapter=tuned.adapter or tuned.model,
+        tuned=tuned.adapter or tuned.model,
         settings={"max_length": str(tuned.max_length), "dtype": str(tuned.dtype)},
         data=[
             f"{file}, sha256 {hash_file(file)[:12]}"
@@ -241,17 +211,16 @@ def _parser() -> argparse.ArgumentParser:
         description="Compare a model with and without its adapter on judged candidate lists; "
         "without --adapter, the model with the order given.",
     )
-    parser.add_argument("--model", required=True, help='Hub name, folder or "embedded"')
-    parser.add_argument("--adapter", help="LoRA weights")
+    Served.add_arguments(parser)
     parser.add_argument("--eval_file", nargs="+", default=[],
         help="JSONL candidate lists; or TREC runs (.trec, .run) with corpus, queries and qrels "
         "beside them, or BEIR folders with a run")  # fmt: skip
     parser.add_argument("--guard_file", nargs="+", default=[], help="lists of another domain")
     parser.add_argument("--depth", type=int, help="candidates ranked of each list, if not all")
+    parser.add_argument(
+        "--relevant_from", type=int, help="lowest label that is relevant; default 1"
+    )
     parser.add_argument("--output_dir", default="qwen3-reranker-evaluation")
-    parser.add_argument("--max_length", type=int, default=8192, help="tokens per pair")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--device", help="such as cpu or cuda:1")
     parser.add_argument(
         "--instruction_check",
         action="store_true",
@@ -259,38 +228,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     benchmark.add_arguments(parser)
     return parser
-
-
-def saved_scores(served: Served, lists: Lists, output: Path) -> Scores:
-    """Return the scores of a model, computed once per weights, settings and lists.
-
-    They are kept in the folder `output`, which must exist.
-    """
-    texts = [
-        [(each.instruction, each.query, each.texts) for each in rows] for rows in lists.values()
-    ]
-    files = [checkpoint.stamp(name) for name in (served.model, served.adapter) if name is not None]
-    key = (files, served.dtype, served.max_length, list(lists), texts)
-    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    file = output / f"scores-{digest}.json"
-    if file.is_file():
-        print(f"Scores of {served.adapter or served.model} reused: {file}")
-        found: Scores = json.loads(file.read_text(encoding="utf-8"))
-        return found
-    with Reranker(**asdict(served)) as reranker:
-        scores = score_lists(reranker, lists)
-    file.write_text(json.dumps(scores), encoding="utf-8")
-    return scores
-
-
-def score_lists(reranker: Reranker, lists: Lists) -> Scores:
-    """Return the log-odds of every candidate as the core serves them."""
-
-    def score(each: CandidateList) -> list[float]:
-        ranking = reranker.rank(each.query, each.texts, instruction=each.instruction)
-        return [r.log_odds for r in sorted(ranking, key=lambda r: r.index)]
-
-    return _score_lists(lists, score)
 
 
 def _instruction_check(
@@ -314,35 +251,3 @@ def _instruction_check(
             scored = ScoredSet(report.name, right, scores[report.name])
             found[name] = mean(measure(scored)["nDCG@10"])
     return found
-
-
-def _score_lists(
-    lists: Lists, score: Callable[[CandidateList], list[float]]
-) -> dict[str, list[list[float]]]:
-    total = sum(map(len, lists.values()))
-    with tqdm(total=total, desc="Ranking", unit=" lists", leave=False, disable=None) as bar:
-        scores: dict[str, list[list[float]]] = {}
-        for name, rows in lists.items():
-            scores[name] = []
-            for each in rows:
-                scores[name].append(score(each))
-                bar.update()
-    return scores
-
-
-def _judged(path: str) -> list[CandidateList]:
-    lists = read_candidates(path)
-    unjudged = [each.query_id for each in lists if each.labels is None and each.texts]
-    if unjudged:
-        raise DataError(
-            f"{path}: query {unjudged[0]} has no labels, so nothing can be measured. Add a label "
-            "per candidate, or qrels beside the run."
-        )
-    return lists
-
-
-def next_step(model: str, adapter: str | None, *options: str) -> str:
-    """Return the command that a user would type next; no training text stands in it."""
-    adapted = [] if adapter is None else ["--adapter", adapter]
-    names = shlex.join(["--model", model, *adapted, *options])
-    return f'qwen3-reranker rank {names} -q "your query" "first document" "second document"'

@@ -23,15 +23,13 @@ from qwen3_reranker.checkpoint import read_json
 from qwen3_reranker.errors import InputError, MissingExtraError
 from qwen3_reranker.loading import yes_no_row
 
-from .adapter import write_json
 from .gguf_export import FILE, score_gguf, write_gguf
-from .publish import push_to_hub, refuse_without_token, write_card
+from .output import write_json
+from .publish import deliver, write_card
 from .whole import (
     SAMPLE,
     Whole,
-    fill,
     load_whole,
-    new_folder,
     refuse_difference,
     sample_scores,
 )
@@ -50,13 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         Qwen3RerankerError: If the result scores otherwise than its source; nothing is left then.
     """
     arguments = _parser().parse_args(argv)
-    output = new_folder(arguments.output_dir)
-    if arguments.push_to_hub is not None:
-        refuse_without_token()
-    fill(output, partial(_export, arguments))
-    print(f"Written: {output}")
-    if arguments.push_to_hub is not None:
-        push_to_hub(output, arguments.push_to_hub)
+    write = partial(_export, arguments)
+    output = deliver(arguments.output_dir, write, arguments.push_to_hub)
     print(_FORMATS[arguments.format][2].format(output))
     return 0
 
@@ -167,10 +160,7 @@ def score_cross_encoder(whole: Whole, folder: Path) -> NDArray[np.float64]:
     try:
         from sentence_transformers import CrossEncoder
     except ImportError as error:
-        raise MissingExtraError(
-            "the export is checked by sentence-transformers, which is not installed. Run: "
-            'pip install "qwen3-reranker[mine]"'
-        ) from error
+        raise MissingExtraError.of("checking this export", error.name, "mine") from error
     encoder = CrossEncoder(str(folder), device="cpu", local_files_only=True,
                            model_kwargs={"dtype": whole.full.dtype})  # fmt: skip
     pairs = [(query, document) for query, documents in SAMPLE for document in documents]

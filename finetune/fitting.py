@@ -145,13 +145,14 @@ def refuse_few(lists: Sequence[CandidateList]) -> None:
     Raises:
         DataError: If too few queries have a relevant document, or an irrelevant one.
     """
-    relevant = sum(any(each.labels or []) for each in lists)
-    irrelevant = sum(not all(each.labels or [1]) for each in lists)
+    relevant = len({each.query for each in lists if any(each.labels or [])})
+    irrelevant = len({each.query for each in lists if not all(each.labels or [1])})
     if min(relevant, irrelevant) < MIN_QUERIES:
         raise DataError(
             f"calibrating needs {MIN_QUERIES} queries with a relevant and {MIN_QUERIES} with an "
-            f"irrelevant document, got {relevant} and {irrelevant} of {len(lists)}. Judge more "
-            "queries; pairs of one query are too alike to stand for others."
+            f"irrelevant document, got {relevant} and {irrelevant} of "
+            f"{len({each.query for each in lists})}. Judge more queries; pairs of one are too "
+            "alike to stand for others."
         )
 
 
@@ -228,10 +229,12 @@ def _losses(log_odds: Floats, is_relevant: npt.NDArray[np.bool_]) -> Floats:
 
 
 def _pairs(scored: ScoredSet) -> _Pairs:
+    numbers: dict[str, int] = {}  # one query may have several lists, as under two instructions
+    queries = [numbers.setdefault(each.query, len(numbers)) for each in scored.lists]
     return _Pairs(
         np.concatenate([np.asarray(row, np.float64) for row in scored.log_odds]),
         np.concatenate([np.asarray(each.labels or [], np.int64) > 0 for each in scored.lists]),
-        np.repeat(np.arange(len(scored.lists)), [len(row) for row in scored.log_odds]),
+        np.repeat(queries, [len(row) for row in scored.log_odds]),
     )
 
 

@@ -188,8 +188,5 @@ def _gguf() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise MissingExtraError(
-            "a GGUF file is written by gguf, which is not installed. Run: "
-            'pip install "qwen3-reranker[gguf]"'
-        ) from error
+        raise MissingExtraError.of("writing a GGUF file", error.name, "gguf") from error
     return gguf

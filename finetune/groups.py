@@ -65,11 +65,22 @@ class Example:
 
 
 class GroupDataset(Dataset[Example]):
-    """Rows as examples, drawn anew each epoch."""
+    """Rows as examples, drawn anew each epoch.
+
+    Raises:
+        InputError: If targets are teacher scores and a row has none.
+    """
 
     def __init__(
         self, rows: Sequence[TrainingGroup], tokenizer: PromptTokenizer, sampling: Sampling
     ) -> None:
+        without = [i for i, row in enumerate(rows, 1) if row.scores is None]
+        if sampling.with_scores and without:
+            raise InputError(
+                f"{len(without)} of {len(rows)} rows have no teacher scores, the first is row "
+                f"{without[0]}, but the loss is distill. Add "
+                '"scores": {"positive": [...], "negative": [...]} to every row.'
+            )
         self._rows = rows
         self._tokenizer = tokenizer
         self._sampling = sampling
@@ -102,14 +113,10 @@ class GroupDataset(Dataset[Example]):
             [documents[i] for i in chosen],
             max_length=sampling.max_length,
         )
-        if not sampling.with_scores:
-            return Example(encoded, [float(i < num_positives) for i in chosen], index)
-        if row.scores is None:
-            raise InputError(
-                f"row {index} has no teacher scores, but the loss is distill. Add "
-                '"scores": {"positive": [...], "negative": [...]} to every row.'
-            )
-        return Example(encoded, [row.scores[i] for i in chosen], index)
+        targets = row.scores if sampling.with_scores else None
+        if targets is None:
+            targets = [1.0] * num_positives + [0.0] * len(row.negative)
+        return Example(encoded, [targets[i] for i in chosen], index)
 
     def _instruction(self, rng: random.Random, instruction: str | None) -> str | None:
         if instruction is None or rng.random() < self._sampling.instruction_dropout:

@@ -21,17 +21,20 @@ from safetensors.torch import load_file, save_file
 from qwen3_reranker import checkpoint
 from qwen3_reranker.adapters import ADAPTER_RECORD, ADAPTER_WEIGHTS, adapter_weights
 from qwen3_reranker.errors import InputError
+from qwen3_reranker.tokenization import PromptTokenizer
 
-from .adapter import write_json
-from .evaluate import next_step
-from .publish import push_to_hub, refuse_without_token, write_card
-from .whole import fill, load_whole, new_folder, refuse_difference, sample_scores
+from .output import MANIFEST, write_json
+from .publish import deliver, write_card
+from .served import next_step
+from .whole import load_whole, refuse_difference, sample_scores
 
 Coefficients: TypeAlias = Callable[[Callable[[], float]], Sequence[float]]
 """From the cosine between two tensors, computed where it is asked for, to the factor of each."""
 _Lora: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 """A (rank, inputs) and B (outputs, rank), which is scaled."""
 
+_OF_A_RUN = ("run.json", "report.json", MANIFEST)
+"""What a training run tells of itself, and no longer holds."""
 _PARITY = 1e-4
 _PARALLEL = 0.9995
 """Cosine from which an arc is a straight line; the angle's sine would lose all digits."""
@@ -47,9 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     models, adapters = arguments.model, arguments.adapter
-    output = new_folder(arguments.output_dir)
-    if arguments.push_to_hub is not None:
-        refuse_without_token()
     if len(models) == len(adapters) == 1:
         if arguments.method != "linear" or arguments.weights:
             raise InputError("an adapter is added whole. Leave --method and --weights out.")
@@ -64,10 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         factors = coefficients(arguments.method, arguments.weights, len(models or adapters))
         average = average_models if models else average_adapters
         write = partial(average, models or adapters, factors)
-    fill(output, write)
-    print(f"Written: {output}")
-    if arguments.push_to_hub is not None:
-        push_to_hub(output, arguments.push_to_hub)
+    output = deliver(arguments.output_dir, write, arguments.push_to_hub)
     print(next_step(str(output), None) if models else next_step(_base_of(output), str(output)))
     return 0
 
@@ -161,8 +158,12 @@ def average_models(models: Sequence[str], factors: Coefficients, folder: Path) -
             merged[key] = _between(tensors, factors).to(tensors[0].dtype).contiguous()
         save_file(merged, folder / file.name, metadata={"format": "pt"})
     for other in folders[0].iterdir():
-        if other.is_file() and other.suffix in (".json", ".txt", ".jinja"):
+        is_part = other.is_file() and other.suffix in (".json", ".txt", ".jinja")
+        if is_part and other.name not in _OF_A_RUN:
             shutil.copyfile(other, folder / other.name)
+    template = PromptTokenizer(checkpoint.read_tokenizer(folder, None)).template
+    usage = f'qwen3_reranker.Reranker("{folder.name}")'
+    write_card(folder, models[0], template, template.default_instruction, usage)
     sample_scores(str(folder))  # it loads, passes the self-test, and its scores are finite
 
 

@@ -157,9 +157,7 @@ def measure(scored: ScoredSet, *, relevant_from: int = 1) -> dict[str, list[floa
     try:
         import ir_measures
     except ImportError as error:
-        raise MissingExtraError(
-            "measuring needs ir-measures. Run: pip install 'qwen3-reranker[finetune]'"
-        ) from error
+        raise MissingExtraError.of("measuring", error.name, "finetune") from error
     ndcg, rr, ap, recall = ir_measures.nDCG, ir_measures.RR, ir_measures.AP, ir_measures.R
     rel = relevant_from
     trec = {ndcg @ 10: "nDCG@10", ap(rel=rel): "MAP", recall(rel=rel) @ 10: "R@10"}

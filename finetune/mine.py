@@ -7,7 +7,6 @@ query is `retrieval.py`'s to say, which of them may be negatives `negatives.py`'
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import shlex
@@ -24,9 +23,11 @@ from tqdm import tqdm
 from qwen3_reranker import Reranker, __version__, checkpoint
 from qwen3_reranker.errors import DataError, InputError
 from qwen3_reranker.inputs import DTYPES
+from qwen3_reranker.results import in_order
 
 from .data import TrainingGroup, normalised, read_training_file
 from .negatives import HIGH, NEAR, Judge, Mining, Pending, candidates, find_negatives, result
+from .output import hash_file, write_whole
 from .retrieval import BM25, Corpus, Rankings, read_corpus, require, search
 
 PIECE = 16
@@ -134,14 +135,12 @@ def _check_paths(corpus: str, output: Path, work: Path) -> None:
 
 def _identity(arguments: argparse.Namespace, sha256: str) -> dict[str, Any]:
     """Return everything that the result depends on."""
-    with open(arguments.corpus, "rb") as file:
-        of_corpus = hashlib.file_digest(file, "sha256").hexdigest()
     models = [name for name in (arguments.teacher, arguments.teacher_adapter) if name is not None]
     return {
         "version": __version__,
         **{name: value for name, value in vars(arguments).items() if name != "output_file"},
         "content of the training file": sha256,
-        "content of the corpus": of_corpus,
+        "content of the corpus": hash_file(arguments.corpus),
         "weights of the teacher": [list(map(list, checkpoint.stamp(name))) for name in models],
     }
 
@@ -159,7 +158,7 @@ def _open_work(work: Path, identity: dict[str, Any]) -> None:
                 "folder, or name another --output_file."
             )
     work.mkdir(parents=True, exist_ok=True)
-    _write(record, json.dumps(identity, indent=2))
+    write_whole(record, json.dumps(identity, indent=2))
 
 
 def _describe(
@@ -196,7 +195,7 @@ def _first_stage(
     file = work / "rankings.json"
     if not file.is_file():
         found = search(arguments.retriever, corpus, groups, arguments.depth, work, arguments.device)
-        _write(file, json.dumps(found))
+        write_whole(file, json.dumps(found))
     rankings: Rankings = json.loads(file.read_text(encoding="utf-8"))
     return rankings
 
@@ -227,8 +226,7 @@ def judge_with(reranker: Reranker) -> Judge:
             documents,
             instruction=[group.instruction for group in groups],
         )
-        by_place = [sorted(ranking, key=lambda each: each.index) for ranking in rankings]
-        return [[each.log_odds for each in ranking] for ranking in by_place]
+        return [in_order(ranking) for ranking in rankings]
 
     return judge
 
@@ -264,7 +262,7 @@ def _finish(work: Path, output: Path, review: Path, num_without_positive: int) -
         results = [each for line in file for each in json.loads(line)]
     rows = [each["row"] for each in results if each["row"] is not None]
     dropped = [line for each in results for line in each["review"]]
-    _write(review, "".join(map(_as_line, dropped)))
+    write_whole(review, "".join(map(_as_line, dropped)))
     if not rows:
         shutil.rmtree(work)
         raise DataError(
@@ -272,7 +270,7 @@ def _finish(work: Path, output: Path, review: Path, num_without_positive: int) -
             "dropped and why. Raise --depth or lower --margin."
         )
     finished = work / output.name
-    _write(finished, "".join(map(_as_line, rows)))
+    write_whole(finished, "".join(map(_as_line, rows)))
     read_training_file(str(finished))  # what training would refuse is refused here
     os.replace(finished, output)
     shutil.rmtree(work)
@@ -318,10 +316,3 @@ def _count_whole_lines(file: Path) -> int:
 
 def _as_line(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) + "\n"
-
-
-def _write(file: Path, content: str) -> None:
-    """Write a file whole or not at all."""
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(content, encoding="utf-8")
-    os.replace(partial, file)

@@ -55,10 +55,7 @@ def commit(folder: Path, names: Iterable[str], settings: Mapping[str, Any]) -> N
         _sync(inner)
     content = {"files": files, "settings": settings}
     text = json.dumps({**content, "sha256": _hash(content)}, indent=1)
-    part = folder / f"{MANIFEST}.part"
-    part.write_text(text, encoding="utf-8")
-    _sync(part)
-    part.replace(folder / MANIFEST)
+    write_whole(folder / MANIFEST, text)
     _sync(folder)
     _sync(folder.parent)
 
@@ -175,6 +172,19 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file whole or, if the process or the machine ends before, not at all."""
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(text, encoding="utf-8")
+    _sync(part)
+    part.replace(file)
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write a file that people read, too."""
+    file.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
 
 
 def hash_file(file: str | Path) -> str:

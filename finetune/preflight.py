@@ -47,7 +47,7 @@ def preflight(
     )
     steps = training.max_steps
     if steps <= 0:
-        steps = math.ceil(len(dataset) / per_step * training.num_train_epochs)
+        steps = math.ceil(training.num_train_epochs * math.ceil(len(dataset) / per_step))
     yield f"Optimizer steps: {steps}, {per_step} groups each; up to {budget} tokens per forward"
     yield f"Loss: {arguments.loss}; head and documents packed, {trainee.backend} attention"
     yield "First prompt, as the model reads it:"

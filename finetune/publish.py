@@ -5,6 +5,7 @@ Decides what both say. Knows nothing of formats and weights.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
@@ -12,9 +13,18 @@ from huggingface_hub import HfApi, get_token
 from qwen3_reranker.errors import InputError, Qwen3RerankerError
 from qwen3_reranker.prompt import QWEN3_RERANKER, PromptTemplate
 
+from .whole import fill, new_folder
+
 
 def write_card(
-    folder: Path, source: str, template: PromptTemplate, instruction: str, usage: str
+    folder: Path,
+    source: str,
+    template: PromptTemplate,
+    instruction: str,
+    usage: str,
+    *,
+    name: str | None = None,
+    notes: str = "",
 ) -> None:
     """Write `README.md`.
 
@@ -23,11 +33,13 @@ def write_card(
     kept from models of another prompt.
 
     Args:
-        folder: A finished model, under its own name.
+        folder: Where the model lies.
         source: Hub name or folder of what it was made of; folders are not told.
         template: Its prompt.
         instruction: The task sentence of a prompt for which none is given.
         usage: How it is loaded.
+        name: Of the model; None for the folder's.
+        notes: A paragraph of one's own.
     """
     is_hub_name = "/" in source and not Path(source).exists()
     base = f"base_model: {source}\n" if is_hub_name else ""
@@ -37,7 +49,7 @@ def write_card(
 {base}pipeline_tag: text-ranking
 tags: [reranker, cross-encoder{", qwen3-reranker" if is_official else ""}]
 ---
-# {title}, {folder.name}
+# {title}, {name or folder.name}
 
 A yes/no cross-encoder: P("yes") says whether a document meets an instruction for a query.
 
@@ -48,9 +60,26 @@ A yes/no cross-encoder: P("yes") says whether a document meets an instruction fo
 Prompt template `{template.id}` ({template.hash[:12]}), by default with the instruction:
 {instruction}
 
-Scores order the documents of one query; they are not calibrated.
+Scores order the documents of one query; they are not calibrated. {notes}
 """
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "README.md").write_text(card.rstrip() + "\n", encoding="utf-8")
+
+
+def deliver(output_dir: str, write: Callable[[Path], None], name: str | None) -> Path:
+    """Have a new folder written whole, and uploaded if it has a name on the Hub.
+
+    Raises:
+        InputError: If something stands there, or there is no token of the Hub here.
+        Qwen3RerankerError: If the Hub does not take it; the folder stays.
+    """
+    output = new_folder(output_dir)
+    if name is not None:
+        refuse_without_token()
+    fill(output, write)
+    print(f"Written: {output}")
+    if name is not None:
+        push_to_hub(output, name)
+    return output
 
 
 def refuse_without_token() -> None:

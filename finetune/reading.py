@@ -15,7 +15,7 @@ from qwen3_reranker.errors import DataError
 
 from .config import RerankerArguments
 from .data import TrainingFile, TrainingGroup, check_leaks, describe, read_training_file
-from .evaluate import read_lists
+from .served import read_lists
 
 Say = Callable[[str], None]
 

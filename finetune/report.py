@@ -23,6 +23,7 @@ from qwen3_reranker.errors import MissingExtraError
 from qwen3_reranker.terminal import WIDTH, fit
 
 from .metrics import METRICS, Calibration, Comparison
+from .output import write_json
 
 _MAIN = METRICS[0]
 AFTER, BEFORE = "#2f7fc2", "#c4701a"
@@ -31,9 +32,9 @@ _LINES = [("o", "●", AFTER), ("s", "■", BEFORE), ("^", "▲", "#3f9457"), ("
           ("v", "▼", "#b07a10"), ("P", "✚", "#808080")]  # fmt: skip
 """Of the lines of a plot: marker, its likeness in the legend, colour."""
 _COLUMNS = ["Before", "After", "Difference [95 %]", "p", "W/T/L"]
-_NOTE = f"""<p class="note">Mean {_MAIN} of the base and of the tuned model on the same candidates,
-equal scores ordered worst first. Interval: paired bootstrap over queries. p: paired randomisation
-test, two-sided, not corrected for several sets. W/T/L: queries won, tied and lost. Guard: a set of
+_NOTE = f"""<p class="note">Mean {_MAIN} before and after on the same candidates, equal scores
+ordered worst first. Interval: paired bootstrap over queries. p: paired randomisation test,
+two-sided, not corrected for several sets. W/T/L: queries won, tied and lost. Guard: a set of
 another domain, where nothing should get worse.</p>"""
 _CSS = """
 :root{color-scheme:light dark}
@@ -67,7 +68,7 @@ class SetReport:
         num_queries: Queries.
         metrics: By name of the metric, nDCG@10 among them.
         heuristics: nDCG@10 of rankers that read nothing.
-        calibration_before, calibration_after: Of the base and of the tuned model.
+        calibration_before, calibration_after: Of both models; None before, if there was none.
         alarms: What is wrong, in plain words.
         per_query: (query id, nDCG@10 before, nDCG@10 after) of every query.
         instruction: nDCG@10 by instruction given: "right", "default", "wrong".
@@ -78,7 +79,7 @@ class SetReport:
     num_queries: int
     metrics: dict[str, Comparison]
     heuristics: dict[str, float]
-    calibration_before: Calibration
+    calibration_before: Calibration | None
     calibration_after: Calibration
     alarms: list[str]
     per_query: list[tuple[str, float, float]]
@@ -104,7 +105,7 @@ class Report:
 
     title: str
     base: str
-    adapter: str
+    tuned: str
     settings: dict[str, str]
     data: list[str]
     sets: list[SetReport]
@@ -127,7 +128,7 @@ def write_report(folder: Path, report: Report) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     finite = json.loads(json.dumps(asdict(report)), parse_constant=lambda _: None)
-    (folder / "report.json").write_text(json.dumps(finite, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "report.json", finite)
     page = folder / "report.html"
     page.write_text(_page(report), encoding="utf-8", errors="xmlcharrefreplace")
     return page
@@ -157,7 +158,7 @@ def concerns(report: Report) -> list[str]:
         if _verdict(main) == "worse":
             found.append(f"{each.name}: {_MAIN} got worse by {-main.difference:.3f}.")
         found += [
-            f"{each.name}: '{name}' ranks with {_MAIN} {value:.3f}, the tuned model with no more."
+            f"{each.name}: '{name}' ranks with {_MAIN} {value:.3f}, {report.tuned} with no more."
             for name, value in each.heuristics.items()
             if value >= main.mean_after
         ]
@@ -170,7 +171,7 @@ def _page(report: Report) -> str:
 <meta name="viewport" content="width=device-width,initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none';style-src 'unsafe-inline'">
 <style>{_CSS}</style></head>
-<body><h1>{_esc(report.title)}</h1><p>{_esc(report.base)} → {_esc(report.adapter)}</p>
+<body><h1>{_esc(report.title)}</h1><p>{_esc(report.base)} → {_esc(report.tuned)}</p>
 <main>{"".join(_sections(report))}</main></body></html>
 """
 
@@ -181,7 +182,7 @@ def _sections(report: Report) -> Iterable[str]:
     yield _section("Learning curve", _learning_curve(report.history))
     yield _section("Queries, from worst to best", *map(_differences, sets))
     yield _section("Is P(yes) a probability?", *map(_reliability, sets))
-    yield _section("Against rankers that read nothing", *map(_rivals, sets))
+    yield _section("Against rankers that read nothing", *(_rivals(report, s) for s in sets))
     yield _section("Instructions", *(_bars("Given", s.name, s.instruction or {}) for s in sets))
     each = ((f"{s.name}, {name}", *_cells(c)) for s in sets for name, c in s.metrics.items())
     yield _section("All metrics", _table(["Set, metric", *_COLUMNS], each))
@@ -210,9 +211,9 @@ def _summary(sets: Sequence[SetReport], num_warnings: int) -> str:
     return table + warned * bool(num_warnings) + _NOTE * bool(rows)
 
 
-def _rivals(each: SetReport) -> str:
+def _rivals(report: Report, each: SetReport) -> str:
     main = each.metrics[_MAIN]
-    models = {"base model": main.mean_before, "tuned model": main.mean_after}
+    models = {report.base: main.mean_before, report.tuned: main.mean_after}
     return _bars("Ranker", each.name, {**each.heuristics, **models})
 
 
@@ -305,7 +306,9 @@ def _differences(each: SetReport) -> str:
 
 
 def _reliability(each: SetReport) -> str:
-    sides = [("after", each.calibration_after), ("before", each.calibration_before)]
+    sides = [("after", each.calibration_after)]
+    if each.calibration_before is not None:
+        sides.append(("before", each.calibration_before))
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
@@ -325,9 +328,7 @@ def _figure(draw: Callable[[Any], None], text: str, legend: Sequence[str] = ()) 
         from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingExtraError(
-            "a report needs matplotlib. Run: pip install 'qwen3-reranker[finetune]'"
-        ) from error
+        raise MissingExtraError.of("a report", error.name, "finetune") from error
     file = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": text, "font.size": 9}):
         figure = Figure(figsize=(4.6, 2.9), layout="constrained")

@@ -175,10 +175,7 @@ def require(names: Iterable[str]) -> None:
             else:
                 import sentence_transformers  # noqa: F401
     except ImportError as error:
-        raise MissingExtraError(
-            f"the retriever '{name}' needs {error.name}, which is not installed. Run: "
-            'pip install "qwen3-reranker[mine]"'
-        ) from error
+        raise MissingExtraError.of(f"the retriever '{name}'", error.name, "mine") from error
 
 
 def _search_bm25(corpus: Corpus, groups: Sequence[TrainingGroup], depth: int) -> Rankings:

@@ -12,12 +12,16 @@ from typing import Any
 
 import transformers
 
+from qwen3_reranker import checkpoint
+from qwen3_reranker.adapters import adapter_weights
+
 from .config import RerankerArguments
+from .output import hash_file
 from .reading import Data, paraphrases
 from .trainee import Base, Trainee
 
 _FREE = {
-    "train_file", "eval_file", "guard_file", "paraphrase_file",  # their content counts
+    "train_file", "eval_file", "guard_file", "paraphrase_file", "adapter",  # their content counts
     "max_batch_tokens", "skip_bad", "allow_leaks", "allow_changed", "dry_run",
 }  # fmt: skip
 """Of our own settings those that may change."""
@@ -60,7 +64,12 @@ def deciding_settings(
         "train_file": [file.sha256 for file in data.files],
         "eval_file": _digest(watched),
         "paraphrase_file": _digest(paraphrases(arguments.paraphrase_file)),
+        "adapter": None if arguments.adapter is None else _weights(arguments.adapter),
     }
+
+
+def _weights(adapter: str) -> str:
+    return hash_file(adapter_weights(checkpoint.locate(adapter, None)[0]))
 
 
 def _plain(value: Any) -> Any:

@@ -1,8 +1,8 @@
 """One training run, top to bottom: read, check, measure, train, measure, save, reload, report.
 
 Decides the order of things and what is written where. Everything is checked before the first
-optimizer step, and no adapter is called done before the core has reloaded it and given the scores
-that training saw.
+optimizer step, and no adapter is called done before the core has reloaded it and given lists the
+scores that training saw.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import transformers
 
@@ -24,12 +23,13 @@ from . import losses
 from .adapter import save_adapter
 from .checkpoints import Checkpoints, Start, is_complete, starting_point
 from .config import RerankerArguments
-from .evaluate import Evaluation, compare_sets, next_step
+from .evaluate import Evaluation, compare_sets
 from .groups import GroupDataset, Sampling
 from .output import UNFINISHED, commit, only_run, publish, space_warnings, writing
 from .preflight import answer_mass, mass_warnings, preflight, quantization_warnings
 from .reading import Say, file_lines, paraphrases, read_data, write_rejected
 from .report import Report, summary_lines, write_report
+from .served import next_step
 from .settings import deciding_settings
 from .trainee import Base, Trainee, load_trainee
 from .trainer import GroupTrainer
@@ -71,7 +71,8 @@ def train(
         say = _nothing
     data = read_data(arguments, say)
     transformers.set_seed(training.seed)
-    trainee = load_trainee(base, device=training.device, template=_template(arguments))
+    template = inputs.template(arguments.template)
+    trainee = load_trainee(base, device=training.device, template=template)
     if arguments.adapter is not None:
         trainee.go_on_from(checkpoint.locate(arguments.adapter, None)[0])
     max_length = min(arguments.max_length, trainee.max_positions)
@@ -122,10 +123,12 @@ def train(
         report = Report(
             title=f"{base.name} fine-tuned",
             base=base.name,
-            adapter=str(output),
-            settings=_settings(arguments, training, base, mass),
+            tuned=str(output),
+            settings=_settings(arguments, training, base, mass, max_length),
             data=[line for file in data.files for line in file_lines(file)],
-            sets=compare_sets(data.lists, before, after, data.guards),
+            sets=compare_sets(
+                data.lists, before, after, data.guards, relevant_from=arguments.relevant_from
+            ),
             history=history,
             warnings=warnings,
             next_step=next_step(*_served(base, output)),
@@ -193,7 +196,8 @@ def _optimise(
         trainee.load(best or start.checkpoint)
         return list(ended.log_history)
     callbacks: list[transformers.TrainerCallback] = []
-    if watched.lists and arguments.early_stopping_patience:
+    stops_early = arguments.early_stopping_patience and training.eval_strategy != "no"
+    if watched.lists and stops_early:
         callbacks.append(transformers.EarlyStoppingCallback(arguments.early_stopping_patience))
     ours = copy.copy(training)
     ours.save_total_limit = None  # or the Trainer would delete a checkpoint before the next is safe
@@ -234,7 +238,10 @@ def _check_reloaded(
     evaluation: Evaluation,
     scores: Mapping[str, Sequence[Sequence[float]]],
 ) -> None:
-    """Score lists again through the core, from disk, and compare with training."""
+    """Score lists again through the core, from disk, and compare with training.
+
+    Without lists it is loaded, which finds weights that do not fit.
+    """
     if base.quantization is not None:
         return  # the core serves the adapter on full weights, whose scores are others
     dtype = str(next(trainee.network.decoder.layers.parameters()).dtype).removeprefix("torch.")
@@ -247,6 +254,7 @@ def _check_reloaded(
     )  # fmt: skip
     largest = 0.0
     with reloaded:
+        _ = reloaded.loaded
         for name, lists in evaluation.lists.items():
             for each, expected in list(zip(lists, scores[name], strict=True))[:4]:
                 ranking = reloaded.rank(each.query, each.texts, instruction=each.instruction)
@@ -264,15 +272,12 @@ def _served(base: Base, output: Path) -> tuple[str, str | None]:
     return (str(output), None) if base.peft is None else (base.name, str(output))
 
 
-def _template(arguments: RerankerArguments) -> Any:
-    return inputs.template(arguments.template)
-
-
 def _settings(
     arguments: RerankerArguments,
     training: transformers.TrainingArguments,
     base: Base,
     mass: float | None,
+    max_length: int,
 ) -> dict[str, str]:
     shown = {
         "learning rate": training.learning_rate,
@@ -283,7 +288,7 @@ def _settings(
         "seed": training.seed,
         "loss": arguments.loss,
         "positives, negatives per group": f"{arguments.num_positives}, {arguments.num_negatives}",
-        "max_length": arguments.max_length,
+        "max_length": max_length,
         "p(yes) + p(no) of the base": "no vocabulary head" if mass is None else f"{mass:.3f}",
         "LoRA": "none, full fine-tuning"
         if base.peft is None

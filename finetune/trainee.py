@@ -18,7 +18,12 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from qwen3_reranker import ModelLoadError, checkpoint, loading
-from qwen3_reranker.adapters import ADAPTER_WEIGHTS, fingerprint
+from qwen3_reranker.adapters import (
+    ADAPTER_WEIGHTS,
+    fingerprint,
+    recorded_template,
+    refuse_other_base,
+)
 from qwen3_reranker.attention import choose_backend
 from qwen3_reranker.model import YesNoCrossEncoder
 from qwen3_reranker.packing import Pack
@@ -109,8 +114,11 @@ class Trainee:
         """Take the LoRA weights of an earlier run instead of fresh ones.
 
         Raises:
-            ModelLoadError: If they are no LoRA weights of this base and these settings.
+            ModelLoadError: If they are no LoRA weights of this base, prompt and these settings.
         """
+        recorded_template(self.tokenizer.template, folder)
+        if self.fingerprint is not None:
+            refuse_other_base(self.fingerprint, folder)
         problem = self._difference(folder)
         if problem is None:
             try:
@@ -163,6 +171,11 @@ def load_trainee(base: Base, *, device: torch.device, template: PromptTemplate |
     full = checkpoint.read_weights(folder, gguf_file, config, dtype, quantization=base.quantization)
     head = loading.yes_no_row(full, tokenizer)
     full.requires_grad_(False)
+    for module in full.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # On a CPU bitsandbytes would repack weights when lists are ranked, for good and for a
+            # kernel through which no gradient comes.
+            module.support_avx512bf16_for_cpu = False
     is_kept = base.peft is not None and base.quantization is None
     base_fingerprint = fingerprint(full) if is_kept else None
     if base.peft is None:

@@ -157,7 +157,9 @@ class GroupTrainer(transformers.Trainer):
         """Rank the frozen lists, log and return the metrics."""
         if self._evaluation is None:
             return {}
+        start = perf_counter()
         measured, warnings = self._evaluation.measure()
+        self._since += perf_counter() - start  # training's speed is without it
         metrics = {f"eval_{key}": value for key, value in measured.items()}
         self.log(metrics)
         for warning in warnings:
@@ -171,8 +173,9 @@ class GroupTrainer(transformers.Trainer):
         """Log, and beside a loss how fast it goes and how much memory it took."""
         if "loss" in logs:
             seconds = perf_counter() - self._since
-            logs["groups/s"] = round(self._groups / seconds, 2)
-            logs["tokens/s"] = round(self._tokens / seconds)
+            count = self.accelerator.num_processes  # of which each takes a share
+            logs["groups/s"] = round(count * self._groups / seconds, 2)
+            logs["tokens/s"] = round(count * self._tokens / seconds)
             logs["memory_gb"] = round(_peak_memory_gb(self.args.device), 2)
             self._groups, self._tokens, self._since = 0, 0, perf_counter()
         super().log(logs, start_time)

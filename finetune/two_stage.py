@@ -252,7 +252,4 @@ def check_installed() -> None:
     try:
         import mteb  # noqa: F401
     except ImportError as error:
-        raise MissingExtraError(
-            f"benchmarks need {error.name}, which is not installed. Run: "
-            'pip install "qwen3-reranker[finetune,mteb]"'
-        ) from error
+        raise MissingExtraError.of("a benchmark", error.name, "finetune,mteb") from error

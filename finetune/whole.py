@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from qwen3_reranker import Reranker, checkpoint
 from qwen3_reranker.adapters import merge_adapter, recorded_template
 from qwen3_reranker.errors import InputError, Qwen3RerankerError
+from qwen3_reranker.results import in_order
 from qwen3_reranker.tokenization import PromptTokenizer
 
-from .adapter import write_json
+from .output import write_json
 
 SAMPLE = [
     ("how long does dough rest", ["An hour under a cloth, or overnight in the cold.", "Tea."]),
@@ -111,13 +112,7 @@ def sample_scores(
     queries, documents = zip(*SAMPLE, strict=True)
     with Reranker(model, **settings) as reranker:
         rankings = reranker.rank_many(queries, documents, instruction=instruction)
-    return np.array(
-        [
-            result.log_odds
-            for ranking in rankings
-            for result in sorted(ranking, key=lambda result: result.index)
-        ]
-    )
+    return np.concatenate([in_order(ranking) for ranking in rankings])
 
 
 def refuse_difference(

@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 
 from .checkpoint import read_json
-from .errors import ModelLoadError
+from .errors import MissingExtraError, ModelLoadError
 from .prompt import TEMPLATES, PromptTemplate
 
 logger = logging.getLogger(__name__)
@@ -118,17 +118,15 @@ def merge_adapter(full: Any, folder: Path) -> Any:
 
     Raises:
         ModelLoadError: If the adapter has no safetensors file or does not fit the model.
+        MissingExtraError: Without peft.
     """
     weights = adapter_weights(folder)
     try:
         from peft import PeftModel, get_peft_model_state_dict
     except ImportError as error:
-        raise ModelLoadError(
-            f"adapter '{folder}' needs peft, which is not installed. Run: "
-            'pip install "qwen3-reranker[finetune]"'
-        ) from error
+        raise MissingExtraError.of(f"adapter '{folder}'", error.name, "finetune") from error
     _refuse_adapter(full, folder)
-    _refuse_other_base(full, folder)
+    refuse_other_base(fingerprint(full), folder)
     try:
         tuned = PeftModel.from_pretrained(full, folder)
         # By itself peft asks the Hub whether the vocabulary has grown; embeddings never train.
@@ -163,11 +161,19 @@ def _refuse_adapter(full: Any, folder: Path) -> None:
         )
 
 
-def _refuse_other_base(full: Any, folder: Path) -> None:
-    """Refuse a base other than the one recorded; older records name no fingerprint."""
+def refuse_other_base(found: str, folder: Path) -> None:
+    """Refuse a base other than the one recorded; older records name no fingerprint.
+
+    Args:
+        found: `fingerprint` of the base at hand.
+        folder: Of the adapter.
+
+    Raises:
+        ModelLoadError: If the record names another.
+    """
     file = folder / ADAPTER_RECORD
     recorded = (read_json(file).get("base") or {}).get("fingerprint") if file.is_file() else None
-    if recorded is not None and recorded != fingerprint(full):
+    if recorded is not None and recorded != found:
         name = read_json(file)["base"].get("name")
         raise ModelLoadError(
             f"adapter '{folder}' was trained on other weights than these (recorded base: "

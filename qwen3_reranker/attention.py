@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -257,7 +258,7 @@ def check_varlen(device: torch.device, dtype: torch.dtype, sizes: tuple[int, int
     ]
     generator = torch.Generator(device).manual_seed(0)
     try:
-        for cached in (0, 5):
+        for cached, has_grad in product((0, 5), (True, False)):  # without, heads are not copied
             seats = [
                 Seat(g, tuple(range(len(group.documents))), cached)
                 for g, group in enumerate(groups)
@@ -276,13 +277,14 @@ def check_varlen(device: torch.device, dtype: torch.dtype, sizes: tuple[int, int
             ]
             module = torch.nn.Module()
             module.layer_idx = 0  # type: ignore[assignment]
-            expected, found = (
-                packed_attention(
-                    module, query, key, value, None,
-                    scaling=size**-0.5, prepared=prepare(pack, left, device),
-                )[0]
-                for pack in packs.values()
-            )  # fmt: skip
+            with torch.set_grad_enabled(has_grad):
+                expected, found = (
+                    packed_attention(
+                        module, query, key, value, None,
+                        scaling=size**-0.5, prepared=prepare(pack, left, device),
+                    )[0]
+                    for pack in packs.values()
+                )  # fmt: skip
             largest = (expected.float() - found.float()).abs().max().item()
             if not largest <= 0.05:
                 return f"it differs from padded attention by {largest:.2g}"

@@ -95,9 +95,10 @@ class Calibration:
         template = loaded.tokenizer.template
         if self.template_hash not in (None, template.hash):
             raise ModelLoadError(
-                f"the calibration was fitted with another prompt template ({self.template_hash}) "
-                f"than {template.id!r} ({template.hash[:12]}), which would change its scores. Fit "
-                "one with qwen3-finetune calibrate, or pass the template it was fitted with."
+                "the calibration was fitted with another prompt template "
+                f"({self.template_hash:.12}) than {template.id!r} ({template.hash[:12]}), which "
+                "would change its scores. Fit one with qwen3-finetune calibrate, or pass the "
+                "template it was fitted with."
             )
         if self.fingerprint not in (None, loaded.fingerprint):
             raise ModelLoadError(

@@ -243,11 +243,15 @@ def read_json(file: Path) -> dict[str, Any]:
     """Return the content of a JSON file.
 
     Raises:
-        ModelLoadError: If it cannot be parsed.
+        ModelLoadError: If it cannot be read or parsed.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise ModelLoadError(
+            f"'{file}' cannot be read ({type(error).__name__}). Fetch the checkpoint again."
+        ) from error
+    except (ValueError, RecursionError) as error:
         raise ModelLoadError(f"'{file}' is not valid JSON. Fetch it again.") from error
     if not isinstance(content, dict):
         raise ModelLoadError(

@@ -11,18 +11,17 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from . import __version__
+from . import __version__, inputs
 from .candidates import CandidateList, read_candidates
 from .documents import read_documents
 from .embedded import EMBEDDED
 from .errors import InputError, MissingExtraError, Qwen3RerankerError
-from .inputs import DTYPES
 from .jsonl import STDIN
 from .prompt import TEMPLATES
 from .rank_output import as_json, summary, table
-from .results import RankedDocument, cut_ranking
+from .results import cut_ranking
 
 if TYPE_CHECKING:
     from .remote import RemoteReranker
@@ -136,7 +135,7 @@ def _add_reranker_options(parser: argparse.ArgumentParser) -> None:
     """Add what `_reranker` reads, but for the model."""
     parser.add_argument("-i", "--instruction", help="task sentence, where none comes with a query")
     parser.add_argument("--adapter", help="LoRA weights")
-    parser.add_argument("--max-length", type=int, default=8192, help="tokens per pair")
+    parser.add_argument("--max-length", type=int, help="tokens per pair; default: 8192")
     parser.add_argument("--calibration", metavar="FILE", help="of qwen3-finetune calibrate")
     _add_model_options(parser)
 
@@ -147,7 +146,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_device_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtype", choices=DTYPES)
+    parser.add_argument("--dtype", choices=inputs.DTYPES)
     parser.add_argument("--device", help="such as cpu or cuda:1")
 
 
@@ -155,7 +154,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     try:
         from . import demo
     except ModuleNotFoundError as error:
-        raise _missing_extra("the demo", "demo", error) from error
+        raise MissingExtraError.of("the demo", error.name, "demo") from error
     settings = {name: getattr(arguments, name) for name in ("adapter", "dtype", "device")}
     for line in demo.lines(arguments.model, **settings):
         print(line, flush=True)
@@ -166,7 +165,11 @@ def _rank(arguments: argparse.Namespace) -> int:
     lists = _candidate_lists(arguments)
     with _reranker(arguments) as reranker:
         # Everything is ranked before the cut, because nDCG is counted on whole lists.
-        rankings = _rank_lists(reranker, lists)
+        rankings = reranker.rank_many(
+            [candidates.query for candidates in lists],
+            [candidates.texts for candidates in lists],
+            instruction=[candidates.instruction for candidates in lists],
+        )
         for candidates, ranking in zip(lists, rankings, strict=True):
             kept = cut_ranking(ranking, arguments.top_n, arguments.threshold)
             if arguments.json:
@@ -177,17 +180,7 @@ def _rank(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _rank_lists(reranker: Reranker, lists: list[CandidateList]) -> list[list[RankedDocument]]:
-    return reranker.rank_many(
-        [candidates.query for candidates in lists],
-        [candidates.texts for candidates in lists],
-        instruction=[candidates.instruction for candidates in lists],
-    )
-
-
 def _candidate_lists(arguments: argparse.Namespace) -> list[CandidateList]:
-    from . import inputs
-
     inputs.cut(arguments.top_n, arguments.threshold)
     if arguments.candidates is not None:
         if arguments.query is not None or arguments.document or arguments.documents is not None:
@@ -219,7 +212,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     try:
         from .server import serve
     except ModuleNotFoundError as error:
-        raise _missing_extra("the server", "serve", error) from error
+        raise MissingExtraError.of("the server", error.name, "serve") from error
     serve(
         _reranker(arguments),
         arguments.model,
@@ -234,7 +227,7 @@ def _ui(arguments: argparse.Namespace) -> int:
     try:
         from . import ui
     except ModuleNotFoundError as error:
-        raise _missing_extra("the page", "ui", error) from error
+        raise MissingExtraError.of("the page", error.name, "ui") from error
     if arguments.url is None:
         arguments.model = arguments.model or _DEFAULT_MODEL
         reranker = _reranker(arguments)
@@ -249,21 +242,13 @@ def _ui(arguments: argparse.Namespace) -> int:
 def _remote_reranker(arguments: argparse.Namespace) -> RemoteReranker:
     from .remote import RemoteReranker
 
-    of_a_model = ("model", "adapter", "dtype", "device", "template")
-    given = [name for name in of_a_model if getattr(arguments, name) is not None]
+    given = [*([] if arguments.model is None else ["model"]), *_of_a_model(arguments)]
     if given:
         raise InputError(
             "--url takes the scores of a server, which has its own model. Leave out "
             f"{' and '.join(given)}."
         )
     return RemoteReranker(arguments.url, instruction=arguments.instruction)
-
-
-def _missing_extra(part: str, extra: str, error: ModuleNotFoundError) -> MissingExtraError:
-    return MissingExtraError(
-        f"{part} needs {error.name}, which is not installed. Run: "
-        f'pip install "qwen3-reranker[{extra}]"'
-    )
 
 
 def _vllm_command(arguments: argparse.Namespace) -> int:
@@ -281,16 +266,14 @@ def _vllm_command(arguments: argparse.Namespace) -> int:
 def _reranker(arguments: argparse.Namespace) -> Reranker:
     from .reranker import Reranker
 
-    return Reranker(
-        arguments.model,
-        dtype=arguments.dtype,
-        device=arguments.device,
-        template=arguments.template,
-        adapter=arguments.adapter,
-        instruction=arguments.instruction,
-        max_length=arguments.max_length,
-        calibration=arguments.calibration,
-    )
+    return Reranker(arguments.model, instruction=arguments.instruction, **_of_a_model(arguments))
+
+
+def _of_a_model(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the options given that only a model in this process can have."""
+    names = ("adapter", "dtype", "device", "template", "max_length", "calibration")
+    options = {name: getattr(arguments, name) for name in names}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -231,12 +231,13 @@ def _read_score(row: dict[str, Any], index: int) -> RemoteScore:
     is_number = isinstance(score, (int, float)) and not isinstance(score, bool)
     if score is None or not is_number or not 0 <= score <= 1:  # also NaN
         raise _no_ranking(f"the score of index {index} is no number between 0 and 1")
-    log_odds = row.get("log_odds")  # ours sends them: they do not saturate
-    if not isinstance(log_odds, float) or not math.isclose(
-        probability(log_odds), score, abs_tol=1e-6
-    ):
-        log_odds = _log_odds(score)
-    return RemoteScore(log_odds, row.get("truncated") is True)
+    log_odds: Any = row.get("log_odds")  # ours sends them: they do not saturate
+    is_usable = (
+        isinstance(log_odds, float)
+        and math.isfinite(log_odds)
+        and math.isclose(probability(log_odds), score, abs_tol=1e-6)
+    )
+    return RemoteScore(log_odds if is_usable else _log_odds(score), row.get("truncated") is True)
 
 
 def _log_odds(score: float) -> float:

@@ -103,9 +103,9 @@ def _read_csv(path: str) -> list[Document]:
             if len(row) != len(header):
                 faults.append(f"line {reader.line_num}: {len(row)} columns, not {len(header)}")
                 continue
-            named = dict(zip(header, row, strict=True))
-            id = named.get("id") or str(reader.line_num)
-            documents.append(Document(id, named["text"], named.get("title", "")))
+            named = {name: cell for name, cell in zip(header, row, strict=True)
+                     if cell or name == "text"}  # fmt: skip
+            documents.append(parse_document(named, reader.line_num))
     except csv.Error as error:
         faults.append(f"line {reader.line_num}: {error}")
     if faults:

@@ -94,9 +94,8 @@ def find_gguf() -> Path:
 def _convert(gguf: Path, adapter: Path | None, target: Path) -> None:
     missing = [name for name in ("gguf", "peft") if importlib.util.find_spec(name) is None]
     if missing:
-        raise MissingExtraError(
-            f"converting the embedded model needs {' and '.join(missing)}, not installed here. "
-            'Run: pip install "qwen3-reranker[embedded]"'
+        raise MissingExtraError.of(
+            "converting the embedded model", " and ".join(missing), "embedded"
         )
     from . import adapters, checkpoint  # import torch
 

@@ -21,6 +21,8 @@ do next. They carry indices, lengths and types, never the text of a query or doc
 
 from __future__ import annotations
 
+from typing import Self
+
 
 class Qwen3RerankerError(Exception):
     """Base of every error of this package."""
@@ -36,6 +38,14 @@ class DataError(Qwen3RerankerError, ValueError):
 
 class MissingExtraError(Qwen3RerankerError, ImportError):
     """An optional dependency is not installed; the message has the command that installs it."""
+
+    @classmethod
+    def of(cls, what: str, library: str | None, extras: str) -> Self:
+        """Return the error of something that needs a library of these extras."""
+        return cls(
+            f"{what} needs {library or 'a library'}, which is not installed. Run: "
+            f'pip install "qwen3-reranker[{extras}]"'
+        )
 
 
 class ModelLoadError(Qwen3RerankerError, RuntimeError):

@@ -195,8 +195,7 @@ def positive_int(name: str, value: Any) -> int:
     """
     if not _is_int(value) or value < 1:
         raise InputError(
-            f"{name} must be an integer of at least 1, got {value!r}. Pass a number of tokens, or "
-            "leave it out for the default."
+            f"{name} must be an integer of at least 1, got {value!r}. Leave it out for the default."
         )
     return int(value)
 

@@ -96,14 +96,8 @@ def scorer_of(settings: Settings) -> Scorer:
         return settings._held
     held = Reranker.shared(
         settings.model,
-        adapter=settings.adapter,
-        device=settings.device,
-        dtype=settings.dtype,
-        max_length=settings.max_length,
-        window_score=settings.window_score,
-        max_windows=settings.max_windows,
         instruction=settings.instruction,
-        calibration=settings.calibration,
+        **{name: getattr(settings, name) for name in _OF_A_MODEL if name != "model"},
     )
     settings._held = held
     return held

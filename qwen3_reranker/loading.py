@@ -7,11 +7,9 @@ its self-test. Knows nothing of how files are read.
 from __future__ import annotations
 
 import copy
-import json
 import logging
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.resources import files
 from math import inf
 from time import perf_counter
 from types import SimpleNamespace
@@ -24,6 +22,7 @@ import transformers
 from .adapters import merge_adapter, recorded_template, scoring_fingerprint
 from .attention import choose_backend
 from .checkpoint import locate, open_checkpoint, read_tokenizer, read_weights
+from .corpus import read_corpus
 from .errors import ModelLoadError
 from .int8 import quantise_layers
 from .model import YesNoCrossEncoder
@@ -242,7 +241,8 @@ def _choose_dtype(dtype: str | None, device: torch.device, config: Any) -> tuple
         return stored, "the checkpoint's own"
     if stored is torch.bfloat16 and device.type == "cpu" and bfloat16_pays():
         return stored, "the checkpoint's own, and faster than float32 on this CPU"
-    return torch.float32, "exact, and fastest on this CPU"
+    reason = "exact, and fastest on this CPU" if device.type == "cpu" else "exact"
+    return torch.float32, reason
 
 
 @cache
@@ -268,9 +268,9 @@ def bfloat16_pays() -> bool:
 
 def quantise(network: YesNoCrossEncoder, tokenizer: PromptTokenizer, backend: str) -> str:
     """Round the layers' matrices to 8 bits; return what that does to scores, for `doctor`."""
-    sample = json.loads(files(__package__).joinpath("demo.json").read_text(encoding="utf-8"))
-    query, texts = sample["queries"][0]["query"], [each["text"] for each in sample["passages"]]
-    group = tokenizer.encode_group(None, query, texts[:_SAMPLE], max_length=512)
+    passages, queries = read_corpus()
+    texts = [each.text for each in passages[:_SAMPLE]]
+    group = tokenizer.encode_group(None, queries[0].query, texts, max_length=512)
     merged, _ = merge_duplicates([group])
     plans = plan_packs(merged, Budget(_CPU_BATCH_TOKENS))
     packs = [build_pack(merged, seats, backend=backend) for seats in plans]

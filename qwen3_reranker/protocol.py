@@ -262,11 +262,11 @@ def describe_faults(faults: Sequence[Mapping[str, Any]]) -> str:
 
     Example:
         >>> describe_faults([{"loc": ("body", "top_n"), "msg": "Input should be an integer"}])
-        'top_n: input should be an integer. Correct the body; /openapi.json describes it.'
+        'top_n: Input should be an integer. Correct the body; /openapi.json describes it.'
     """
     shown = []
     for fault in faults[:3]:
         place = ".".join(str(part) for part in fault["loc"][1:] if isinstance(part, (str, int)))
-        shown.append(f"{place or 'body'}: {fault['msg'][0].lower()}{fault['msg'][1:]}")
+        shown.append(f"{place or 'body'}: {fault['msg']}")
     others = f" ({len(faults) - 3} more)" if len(faults) > 3 else ""
     return f"{'; '.join(shown)}{others}. Correct the body; /openapi.json describes it."

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, TypeAlias
 from urllib.parse import urlsplit
 
@@ -98,7 +99,9 @@ class RemoteReranker(BaseReranker):
             "model": inputs.name_or_none("model", model),
             "instruction": self._instruction,
             "prompt_mode": inputs.choice("prompt_mode", prompt_mode, ("server", "client")),
-            "max_tokens_per_doc": max_tokens_per_doc,
+            "max_tokens_per_doc": None
+            if max_tokens_per_doc is None
+            else inputs.positive_int("max_tokens_per_doc", max_tokens_per_doc),
             "timeout_s": self._timeout_s,
             "max_documents_per_request": inputs.positive_int(
                 "max_documents_per_request", max_documents_per_request
@@ -106,8 +109,6 @@ class RemoteReranker(BaseReranker):
             "max_in_flight": inputs.positive_int("max_in_flight", max_in_flight),
             "on_error": inputs.choice("on_error", on_error, ("raise", "keep_order")),
         }
-        if max_tokens_per_doc is not None:
-            inputs.positive_int("max_tokens_per_doc", max_tokens_per_doc)
         self._endpoint: Endpoint | None = self._share()
         self._has_warned = False
 
@@ -120,7 +121,7 @@ class RemoteReranker(BaseReranker):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the settings without the key; a copy takes the environment's."""
-        return _rebuild, (type(self), self._url, self._settings)
+        return partial(type(self), self._url, **self._settings), ()
 
     def _share(self) -> Endpoint:
         """Return the process's endpoint of these settings."""
@@ -233,10 +234,6 @@ def _join(job: Job, parts: Sequence[_Part], done: set[Future[list[RemoteScore]]]
     )
 
 
-def _rebuild(kind: type[RemoteReranker], url: str, settings: dict[str, Any]) -> RemoteReranker:
-    return kind(url, **settings)
-
-
 def _checked_url(url: Any) -> str:
     """Return an address that can be shown in logs.
 
@@ -244,8 +241,12 @@ def _checked_url(url: Any) -> str:
         InputError: If it is no http address, or holds a password.
     """
     text = inputs.path("url", url)
-    parts = urlsplit(text)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(text)
+        is_http = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets that do not close, a port past 65,535
+        is_http = False
+    if not is_http:
         raise InputError(
             "url must be an http or https address with a host. Pass one such as "
             "'http://127.0.0.1:8012'."

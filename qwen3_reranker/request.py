@@ -142,7 +142,8 @@ class Request:
         if bad:
             raise NonFiniteScoreError(
                 f"the model returned NaN or infinity for {len(bad)} documents, the first is "
-                f"{bad[0]}; float16 overflows in these decoders. Use dtype='bfloat16' or 'float32'."
+                f"{bad[0]}, in float32, too. Check the weights: training that diverged or a file "
+                "that was damaged would explain it."
             )
         return Scores(aligned, self.tokens)
 

@@ -82,6 +82,11 @@ def rank_documents(
     ]
 
 
+def in_order(ranking: Sequence[RankedDocument]) -> list[float]:
+    """Return the log-odds of a whole ranking in the order in which its documents were given."""
+    return [result.log_odds for result in sorted(ranking, key=lambda result: result.index)]
+
+
 def probability(log_odds: float) -> float:
     """Return the sigmoid of log-odds, written so that neither sign overflows."""
     if log_odds >= 0:

@@ -73,7 +73,8 @@ class Service:
     def __init__(self, reranker: Reranker, name: str, limits: ServerLimits) -> None:
         self._reranker = reranker
         self._limits = limits
-        self.name = Path(name).name if Path(name).exists() else name
+        folder = Path(name).expanduser()
+        self.name = folder.resolve().name if folder.exists() else name
         self.is_ready = False
         self.metrics = Metrics()
 
@@ -109,13 +110,8 @@ class Service:
         if len(queries) == 1:
             scores = await twin.ascore(queries[0], documents, instruction=body.instruction)
         elif len(queries) == len(documents):
-            rows = await asyncio.gather(
-                *(
-                    twin.ascore(query, [document], instruction=body.instruction)
-                    for query, document in zip(queries, documents, strict=True)
-                )
-            )
-            scores = [score for row in rows for score in row]
+            pairs = list(zip(queries, documents, strict=True))
+            scores = await twin.ascore_pairs(pairs, instruction=body.instruction)
         else:
             raise InputError(
                 f"text_1 and text_2 must be aligned, got {len(queries)} and {len(documents)}. "

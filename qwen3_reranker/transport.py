@@ -31,10 +31,7 @@ from .errors import (
 try:
     import httpx
 except ModuleNotFoundError as error:
-    raise MissingExtraError(
-        "RemoteReranker needs httpx, which is not installed. Run: "
-        'pip install "qwen3-reranker[remote]"'
-    ) from error
+    raise MissingExtraError.of("RemoteReranker", error.name, "remote") from error
 
 MAX_REPLY_BYTES = 16 * 1024 * 1024
 _ATTEMPTS = 3
@@ -80,7 +77,7 @@ class Connection:
         """Make both pools; a forked child needs its own."""
         if self._pid == os.getpid():
             return
-        self._pid = os.getpid()
+        pid = os.getpid()
         self._client = httpx.Client(
             headers={**self._headers, "Content-Type": "application/json"},
             follow_redirects=False,
@@ -91,7 +88,8 @@ class Connection:
             ),
         )
         self._threads = ThreadPoolExecutor(self._max_in_flight, "qwen3-reranker-remote")
-        weakref.finalize(self, _close, self._client, self._threads, self._pid)
+        weakref.finalize(self, _close, self._client, self._threads, pid)
+        self._pid = pid  # last: until then other threads of a forked child make pools, too
 
     def submit(self, work: Callable[..., _Result], *args: Any) -> Future[_Result]:
         """Run work in one of the threads, in the order submitted."""

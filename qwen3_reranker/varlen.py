@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -177,10 +178,9 @@ def _call(
     return output, lse if lse.shape[0] == len(query) else lse.T
 
 
+@cache
 def kernel() -> Callable[..., Any]:
     """Return torch's kernel, with one order of summation whatever the company where it has that."""
-    from functools import partial
-
     from torch.nn.attention.varlen import varlen_attn
 
     known = inspect.signature(varlen_attn).parameters

@@ -61,7 +61,8 @@ class BaseReranker(ABC):
             instruction: Task sentence of this call.
             top_n: Keep this many; None keeps all.
             score_threshold: Keep only documents with at least this score.
-            timeout_s: Seconds after which the call gives up; work not yet begun is dropped.
+            timeout_s: Seconds after which the call gives up once the model is loaded and the texts
+                are encoded; work not yet begun is dropped.
 
         Raises:
             InputError: If an argument cannot be used; nothing has been scored then.
@@ -187,14 +188,22 @@ class BaseReranker(ABC):
         Raises:
             Qwen3RerankerError: As `rank`.
         """
-        checked = inputs.pairs(pairs)
-        job = self._job(
-            [query for query, _ in checked],
-            [[document] for _, document in checked],
-            inputs.instruction(instruction),
-            timeout_s,
-        )
-        return self._score(job).probabilities
+        return self._score(self._job_of_pairs(pairs, instruction, timeout_s)).probabilities
+
+    async def ascore_pairs(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        instruction: str | None = None,
+        timeout_s: float | None = None,
+    ) -> list[float]:
+        """Return what `score_pairs` returns without blocking the event loop.
+
+        Raises:
+            Qwen3RerankerError: As `rank`.
+        """
+        job = self._job_of_pairs(pairs, instruction, timeout_s)
+        return (await self._ascore(job)).probabilities
 
     def __enter__(self) -> Self:
         return self
@@ -229,6 +238,15 @@ class BaseReranker(ABC):
             for given in inputs.instructions(instruction, len(queries))
         ]
         return Job(queries, documents, instructions, deadline)
+
+    def _job_of_pairs(self, pairs: Any, instruction: Any, timeout_s: Any) -> Job:
+        checked = inputs.pairs(pairs)
+        return self._job(
+            [query for query, _ in checked],
+            [[document] for _, document in checked],
+            inputs.instruction(instruction),
+            timeout_s,
+        )
 
     def _unranked(self, job: Job, error: Qwen3RerankerError) -> list[list[RankedDocument]] | None:
         """Return what stands in for rankings that failed; None lets the error through."""

@@ -28,7 +28,8 @@ def wait(engine: Engine, encoded: EncodedJob, job: Job) -> Scores:
     if not _is_watched():
         return _result(engine.submit(encoded.groups), job)
     with tqdm(
-        total=job.num_documents, unit=" documents", desc="Reranking",
+        total=sum(len(group.documents) for group in encoded.groups), unit=" documents",
+        desc="Reranking",
         delay=_PROGRESS_AFTER_S, leave=False,
     ) as bar:  # fmt: skip
         return _result(engine.submit(encoded.groups, progress=bar.update), job)

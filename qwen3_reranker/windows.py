@@ -60,14 +60,33 @@ def encode_windows(
             texts.append(document)
             truncated.append(False)
             continue
-        found = split(tokenizer.token_spans(document), len(ids) - len(tokenizer.suffix))
-        found[-1] = (found[-1][0], len(document))
+        found = _windows(tokenizer, document, len(ids) - len(tokenizer.suffix))
         kept = found[:max_windows]
         pieces.append(kept)
         texts += [document[start:stop] for start, stop in kept]
         truncated.append(len(kept) < len(found))
     group = tokenizer.encode_group(instruction, query, texts, max_length=max_length)
+    place = -1
+    for i, windows in enumerate(pieces):  # of the last window no later one has the end
+        place += 1 if windows is None else len(windows)
+        truncated[i] = truncated[i] or group.truncated[place]
     return group, pieces, truncated
+
+
+def _windows(tokenizer: PromptTokenizer, document: str, room: int) -> list[Piece]:
+    """Return windows of which the last is read to its end.
+
+    A piece that begins inside of a document takes a token or two more than it did there. What that
+    cuts off a window is in the next one, but for the last.
+    """
+    spans = tokenizer.token_spans(document)
+    found = split(spans, room)
+    for slack in range(_OVERLAP):
+        found = split(spans, max(room - slack, 1))
+        found[-1] = (found[-1][0], len(document))
+        if len(tokenizer.token_spans(document[found[-1][0] :])) <= room:
+            break
+    return found
 
 
 def split(spans: Sequence[Piece], room: int) -> list[Piece]:

@@ -4,7 +4,8 @@
     python recipes/06_serve.py Qwen/Qwen3-Reranker-0.6B
 
 On a GPU host that many programs share, run vLLM instead and give its address to the same lines;
-`qwen3-reranker vllm-command Qwen/Qwen3-Reranker-0.6B` prints how to start it.
+`qwen3-reranker vllm-command Qwen/Qwen3-Reranker-0.6B` prints how to start it. Needs the
+extras `serve`, `remote` and `langchain`.
 """
 
 import subprocess
@@ -24,7 +25,7 @@ TEXTS = ["Beijing is the capital of China.", "Tea is a drink.", "Seoul is the ca
 model = sys.argv[1] if len(sys.argv) > 1 else "embedded"
 server = subprocess.Popen([sys.executable, "-m", "qwen3_reranker", "serve", model])
 try:
-    for _ in range(300):
+    while server.poll() is None:
         try:
             urlopen(f"{ADDRESS}/ready", timeout=1).close()
             break

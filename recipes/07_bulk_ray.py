@@ -6,7 +6,7 @@
 Parquet files with columns `query`, `document` and perhaps `instruction` become files of the same
 names with scores beside. A file is scored by one actor and appears when it is whole, so a run that
 was killed goes on with the others: have many, sorted by query. One run and one model for an output
-folder. On a cluster (--address auto --num_gpus 1) machines have this package and see both folders.
+folder. On a cluster (--address auto --num_gpus 1) all have the extra `ray` and see both folders.
 """
 
 import argparse

@@ -32,7 +32,7 @@ MODEL, BI_ENCODER = sys.argv[1:] or ("Qwen/Qwen3-Reranker-0.6B", "Qwen/Qwen3-Emb
 encoder = SentenceTransformer(BI_ENCODER, truncate_dim=512)
 
 
-class Qwen3Embedding(Embeddings):
+class LangChainEmbedding(Embeddings):
     """The bi-encoder for LangChain: a task before a query, nothing before a document."""
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
@@ -56,7 +56,7 @@ class LlamaIndexEmbedding(BaseEmbedding):
         return embedding.embed_query(query)
 
 
-embedding = Qwen3Embedding()
+embedding = LangChainEmbedding()
 cosines = np.array(embedding.embed_documents(TEXTS)) @ np.array(embedding.embed_query(QUERY))
 found = [TEXTS[place] for place in np.argsort(-cosines)[:100]]
 core = Reranker.shared(MODEL, instruction=TASK)  # the frameworks' classes share its weights

@@ -4,6 +4,7 @@
     python recipes/11_long_documents.py Qwen/Qwen3-Reranker-0.6B
 
 Windows are as long as `max_length` leaves room for. Here that is little, so that there are some.
+Needs the extras `langchain` and `llama-index`.
 """
 
 import sys

@@ -120,6 +120,7 @@ def calibration_for(file: Path, model: Path, **settings: Any) -> Path:
     return file
 
 
+@pytest.mark.slow  # half a minute
 def test_calibration_fits_the_adapter_and_its_merge_and_no_other_weights(
     checkpoint: Callable[..., Path], adapter: Path, tmp_path: Path
 ) -> None:

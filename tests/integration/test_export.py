@@ -59,7 +59,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    "tied", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["tied", "untied"]
+)
 def test_export_scores_as_its_source(
     checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str],
     form: str, tied: bool,

@@ -108,6 +108,7 @@ def test_train_leaves_an_adapter_that_the_core_serves(
     assert all("lora_" in name and ".layers." in name for name in weights)
 
 
+@pytest.mark.slow  # two runs
 def test_train_goes_on_from_an_adapter(
     train: Callable[..., tuple[int, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -127,9 +128,16 @@ def test_train_goes_on_from_an_adapter(
         (["--lora_r", "4"], "its r is 16, this run's 4"),
         (["--lora_target_modules", "q_proj", "k_proj"], "it adapts other modules"),
         (["--use_peft", "false"], "this run trains every weight"),
+        (["--template", "published-eval"], "was trained with template 'qwen3-reranker'"),
     ):
         assert train(*again, *flags)[0] == 2
         assert message in capsys.readouterr().err
+    record = earlier / "qwen3_reranker.json"
+    content = json.loads(record.read_text())
+    content["base"]["fingerprint"] = "0" * 64
+    record.write_text(json.dumps(content))
+    assert train(*again)[0] == 2
+    assert "was trained on other weights" in capsys.readouterr().err
 
 
 def _ndcg(report: dict[str, Any], key: str) -> float:
@@ -218,6 +226,7 @@ def test_evaluation_queries_in_training_are_refused(
     assert "--allow_leaks" in error
 
 
+@pytest.mark.slow  # two runs, half a minute
 def test_evaluate_compares_and_reuses_scores(
     train: Callable[..., tuple[int, Path]], data: dict[str, Path],
     checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str],
@@ -237,6 +246,21 @@ def test_evaluate_compares_and_reuses_scores(
     os.utime(adapter / "adapter_model.safetensors", (0, 0))  # trained again, for all one knows
     assert main(command) == 0
     assert capsys.readouterr().out.count("reused") == 1, "only those of the base"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "there is nothing to evaluate on. Pass --eval_file FILE"),
+        (["--eval_file", "f", "--first_stage", "bm25"], "--first_stage cannot be used here: cand"),
+        (["--benchmark", "MLDR", "--depth", "9"], "--depth cannot be used here: benchmarks are"),
+    ],
+)
+def test_evaluate_refuses_flags_that_would_do_nothing(
+    capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    assert main(["evaluate", "--model", "m", *flags]) == 2
+    assert message in capsys.readouterr().err
 
 
 def parse(*argv: str) -> Any:

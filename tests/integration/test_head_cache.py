@@ -24,7 +24,7 @@ def log_odds(reranker: Reranker, query: str, documents: list[str], **given: Any)
     return [result.log_odds for result in sorted(ranking, key=lambda result: result.index)]
 
 
-@pytest.mark.parametrize("family", ["Qwen3", "Llama"])
+@pytest.mark.parametrize("family", ["Qwen3", pytest.param("Llama", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("budget", [300, 4096], ids=["many packs", "one pack"])
 def test_cold_and_warm_calls_give_the_same_bits(
     checkpoint: Callable[..., Path], family: str, budget: int

@@ -48,10 +48,12 @@ def log_odds(folder: Path | str, **settings: Any) -> list[float]:
     return [r.log_odds for r in sorted(results, key=lambda r: r.index)]
 
 
+@pytest.mark.slow  # half a minute
 def test_gguf_file_scores_like_its_converted_folder(smollm2: Path) -> None:
     assert log_odds(find_gguf()) == pytest.approx(log_odds(smollm2), abs=5e-5)
 
 
+@pytest.mark.slow  # 20 s
 def test_gguf_tokenizer_of_qwen_composes_text_like_the_original(
     checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -220,5 +220,6 @@ def test_what_cannot_be_merged_is_told(
         assert main(["merge", *shlex.split(command), "--output_dir", str(output)]) == 2, command
         assert told in capsys.readouterr().err, command
         assert not output.exists()
-    assert main(["merge", "--output_dir", str(tmp_path)]) == 2
+    two = ["--adapter", str(one), str(one)]
+    assert main(["merge", *two, "--output_dir", str(tmp_path)]) == 2
     assert "exists already" in capsys.readouterr().err

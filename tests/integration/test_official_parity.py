@@ -218,7 +218,12 @@ def test_score_does_not_depend_on_company_order_or_budget(
     assert largest <= 1e-5
 
 
-@pytest.fixture(params=["tiny", "pretrained", pytest.param("real widths", marks=pytest.mark.slow)])
+@pytest.fixture(
+    params=[
+        "tiny",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("pretrained", "real widths")),
+    ]
+)
 def companies(
     request: pytest.FixtureRequest, checkpoint: Callable[..., Path], smollm2: Path
 ) -> tuple[Path, list[str]]:

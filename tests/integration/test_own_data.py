@@ -11,7 +11,7 @@ from langchain_core.documents import Document
 from llama_index.core.schema import NodeWithScore, TextNode
 
 from finetune.cli import main
-from finetune.evaluate import read_lists
+from finetune.served import read_lists
 from langchain_qwen3_reranker import Qwen3Reranker as LangChainReranker
 from llama_index.postprocessor.qwen3_reranker import Qwen3Reranker as LlamaIndexReranker
 from qwen3_reranker import Reranker

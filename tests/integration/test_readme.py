@@ -9,13 +9,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fastapi.testclient import TestClient
 
 from finetune.cli import main as finetune
-from qwen3_reranker import Reranker
+from qwen3_reranker import ClosedError
 from qwen3_reranker.cli import main
 from qwen3_reranker.results import probability
+from tests.judgments import write_judgments
 from tests.servers import serving
 
 ROOT = Path(__file__).parents[2]
@@ -87,28 +90,20 @@ def test_fine_tuning_commands_run_one_after_the_other(
     (with_adapter,) = [command for command in COMMANDS if "--adapter" in command]
     for command in [*FINETUNE_COMMANDS, f"{with_adapter} --model {MODEL}"]:
         if " calibrate " in command:
-            write_judgments(Path("judged.jsonl"), checkpoint())
+            write_judgments(Path("judged.jsonl"), checkpoint(), adapter="my-reranker")
         program, *arguments = shlex.split(command.replace(MODEL, str(checkpoint())))
         assert {"qwen3-finetune": finetune, "qwen3-reranker": main}[program](arguments) == 0
 
 
-def write_judgments(file: Path, model: Path) -> None:
-    """Judge words mostly as the tuned model does: what a model cannot tell is not calibrated."""
-    words = "tea rain capital city river stone bread music".split()
-    queries = [f"{word} {i}" for word in words for i in range(4)]
-    with Reranker(str(model), adapter="my-reranker") as reranker:
-        rankings = reranker.rank_many(queries, [words] * len(queries))
-    log_odds = sorted(result.log_odds for ranking in rankings for result in ranking)
-    middle = log_odds[len(log_odds) // 2]
-    lines = []
-    for i, ranking in enumerate(rankings):
-        agrees = [(i + result.index) % 8 > 0 for result in ranking]
-        candidates = [
-            {"text": result.document, "label": int((result.log_odds > middle) == is_agreed)}
-            for result, is_agreed in zip(ranking, agrees, strict=True)
-        ]
-        lines.append(json.dumps({"query": queries[i], "candidates": candidates}) + "\n")
-    file.write_text("".join(lines))
+def test_web_application_shown_answers(checkpoint: Callable[..., Path]) -> None:
+    (block,) = [block for block in BLOCKS if "FastAPI" in block]
+    names: dict[str, Any] = {}
+    exec(block.replace(MODEL, str(checkpoint())), names)  # noqa: S102
+    with TestClient(names["app"]) as client:
+        answer = client.post("/search", params={"query": "tea"}, json=["rain", "tea", "a", "b"])
+        assert sorted(answer.json()) == [0, 1, 2, 3]
+    with pytest.raises(ClosedError):
+        names["reranker"].rank("tea", ["rain"])
 
 
 def test_server_answers_the_clients_shown(checkpoint: Callable[..., Path]) -> None:
@@ -130,7 +125,7 @@ def test_server_answers_the_clients_shown(checkpoint: Callable[..., Path]) -> No
 
 
 def test_readme_shows_what_this_file_runs() -> None:
-    assert (len(BLOCKS), len(SERVER_BLOCKS), len(CURL_COMMANDS)) == (4, 1, 1)
+    assert (len(BLOCKS), len(SERVER_BLOCKS), len(CURL_COMMANDS)) == (5, 1, 1)
     assert len(COMMANDS) == 10
     assert len(FINETUNE_COMMANDS) == 5
 
@@ -150,5 +145,7 @@ def test_make_targets_and_files_named_in_the_readme_exist() -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for name in re.findall(r"\b(\w+\.py)\b", README):
         assert [file for folder in FOLDERS for file in (ROOT / folder).glob(name)], name
+    titles = re.findall(r"^## (.+)$", README, re.MULTILINE)
+    anchors = {f"#{re.sub('[^a-z0-9 -]', '', t.lower()).replace(' ', '-')}" for t in titles}
     for link in re.findall(r"\]\((?!https?:)([^)]+)\)", README):
-        assert (ROOT / link).exists(), link
+        assert link in anchors or (ROOT / link).exists(), link

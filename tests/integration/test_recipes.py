@@ -14,6 +14,7 @@ from statistics import mean
 
 import pytest
 
+from tests.judgments import write_judgments
 from tests.real_parts import save_random_adapter, save_random_qwen3_embedding
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.py"))
@@ -26,8 +27,8 @@ def test_recipes_are_short() -> None:
 
 
 SUPPORT = RECIPES[0].parent / "support"
-TRAINING = ("08_distill.py", "09_merge.py")
-"""Hears warnings of three libraries."""
+TRAINING = ("08_distill.py", "09_merge.py", "12_own_domain.py", "13_calibrate.py")
+"""Hear warnings of other libraries."""
 
 
 @pytest.fixture
@@ -40,11 +41,26 @@ def arguments(checkpoint: Callable[..., Path], tmp_path: Path) -> dict[str, list
     files = [str(tmp_path / "train.jsonl"), str(tmp_path / "dev.jsonl")]
     adapters = [str(save_random_adapter(tmp_path / name, checkpoint())) for name in ("a", "b")]
     embedding = str(save_random_qwen3_embedding(tmp_path / "embedding"))
+    judged = tmp_path / "judged.jsonl"
+    write_judgments(judged, checkpoint())
+    one_step = ["--max_steps", "1", "--use_cpu", "true"]
     return {
-        "08_distill.py": [model, model, *files, "--max_steps", "1", "--use_cpu", "true"],
+        "08_distill.py": [model, model, *files, *one_step],
         "09_merge.py": [model, *adapters, files[1]],
         "10_two_stage.py": [model, embedding],
+        "12_own_domain.py": [model, *write_unmined(tmp_path), files[1], *one_step],
+        "13_calibrate.py": [model, str(judged), "--precision", "0.8"],
     }
+
+
+def write_unmined(folder: Path) -> list[str]:
+    """Write rows that have no negatives, and the corpus where these are to be found."""
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    corpus = folder / "passages.txt"
+    corpus.write_text("\n".join(text for row in rows for text in row["positive"] + row["negative"]))
+    labelled = folder / "labelled.jsonl"
+    labelled.write_text("\n".join(json.dumps({**row, "negative": []}) for row in rows))
+    return [str(labelled), str(corpus)]
 
 
 @pytest.mark.parametrize(
@@ -57,9 +73,7 @@ def test_recipe_runs(
     tmp_path: Path,
 ) -> None:
     own = arguments.get(recipe.name)
-    strict = (
-        [] if recipe.name in TRAINING else ["-W", "error"]
-    )  # what trains hears warnings of three libraries
+    strict = [] if recipe.name in TRAINING else ["-W", "error"]
     done = subprocess.run(
         [sys.executable, *strict, str(recipe), *(own or [str(checkpoint())])],
         cwd=tmp_path,
@@ -106,7 +120,7 @@ def test_embedded_recipe_splits_questions_and_its_config_is_read(tmp_path: Path)
 def test_support_recipe_is_read_and_its_data_is_what_it_says() -> None:
     from finetune.cli import parse_training, training_parser
     from finetune.data import check_leaks, read_training_file
-    from finetune.evaluate import read_lists
+    from finetune.served import read_lists
 
     config = ["--config", str(SUPPORT / "train.yaml")]
     ours, base, _ = parse_training(training_parser(), config)
@@ -125,7 +139,7 @@ def test_support_recipe_is_read_and_its_data_is_what_it_says() -> None:
 
 def test_support_queries_have_another_answer_under_each_instruction() -> None:
     from finetune.data import read_training_file
-    from finetune.evaluate import read_lists
+    from finetune.served import read_lists
 
     groups = read_training_file(str(SUPPORT / "train.jsonl")).groups
     (lists,) = read_lists([str(SUPPORT / "dev.jsonl")]).values()
@@ -145,8 +159,8 @@ def test_support_queries_have_another_answer_under_each_instruction() -> None:
 
 
 def test_support_lists_are_not_given_away_by_order_or_length() -> None:
-    from finetune.evaluate import read_lists
     from finetune.metrics import ScoredSet, heuristics, measure
+    from finetune.served import read_lists
 
     (lists,) = read_lists([str(SUPPORT / "dev.jsonl")]).values()
     by_chance = sum(1 / log2(rank + 2) for rank in range(10)) / 10  # 0.454
@@ -160,8 +174,8 @@ def test_support_recipe_teaches_its_domain(tmp_path: Path) -> None:
 
     from benchmarks.domain import CONFIG, by_topic, train
     from finetune.cli import parse_training, training_parser
-    from finetune.evaluate import Served, read_lists, saved_scores
     from finetune.metrics import compare
+    from finetune.served import Served, read_lists, saved_scores
 
     ours, base, _ = parse_training(training_parser(), ["--config", CONFIG])
     (lists,) = read_lists(ours.eval_file).values()

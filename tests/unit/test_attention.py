@@ -196,6 +196,13 @@ def test_varlen_is_refused_where_its_kernel_is_off(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(varlen, "kernel", lambda: top_left)
     assert "differs from padded attention" in check_varlen(cpu, torch.float32, sizes)
 
+    def off_sum(*arguments: Any, return_aux: Any = None, **options: Any) -> Any:
+        result = reference_varlen(*arguments, return_aux=return_aux, **options)
+        return result if return_aux is None else (result[0], -result[1])
+
+    monkeypatch.setattr(varlen, "kernel", lambda: off_sum)
+    assert "differs from padded attention" in check_varlen(cpu, torch.float32, sizes)
+
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no kernel image")
 

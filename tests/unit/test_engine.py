@@ -454,7 +454,7 @@ def test_scores_that_are_not_finite_are_computed_again_once(make: Callable[..., 
     engine = make(score, rescore=rescore)
     assert log_odds(engine.submit([group(1, 66, 2), group(67, head=2)])) == [[1, 66, 2], [67]]
     assert again == [[66, 67]]
-    with pytest.raises(NonFiniteScoreError, match=r"for 1 documents, the first is documents\[1\];"):
+    with pytest.raises(NonFiniteScoreError, match=r"for 1 documents, .* documents\[1\], in"):
         engine.submit([group(1, 77, 66)]).result(TIMEOUT_S)
 
 
@@ -470,7 +470,7 @@ def test_second_try_that_fails_names_the_documents(
         raise error("no room for float32")
 
     engine = make(score, rescore=rescore)
-    with pytest.raises(NonFiniteScoreError, match=r"the first is documents\[1\];"):
+    with pytest.raises(NonFiniteScoreError, match=r"the first is documents\[1\], in"):
         engine.submit([group(1, 66)]).result(TIMEOUT_S)
     assert log_odds(engine.submit([group(1, 2)])) == [[1, 2]]
 
@@ -551,10 +551,10 @@ def test_error_in_progress_reaches_its_caller_alone(make: Callable[..., Engine])
 @pytest.mark.parametrize(
     ("groups", "count", "first"),
     [
-        ([group(1, 66, 3)], 1, r"documents\[1\];"),
-        ([group(1, 66, 3, 66)], 2, r"documents\[1\];"),
-        ([group(1), group(2, 3, 66, head=2)], 1, r"documents\[1\]\[2\];"),
-        ([group(66), group(66, 66, head=2)], 3, r"documents\[0\]\[0\];"),
+        ([group(1, 66, 3)], 1, r"documents\[1\], in"),
+        ([group(1, 66, 3, 66)], 2, r"documents\[1\], in"),
+        ([group(1), group(2, 3, 66, head=2)], 1, r"documents\[1\]\[2\], in"),
+        ([group(66), group(66, 66, head=2)], 3, r"documents\[0\]\[0\], in"),
     ],
 )
 def test_non_finite_scores_are_refused_by_index(

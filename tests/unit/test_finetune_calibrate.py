@@ -8,6 +8,7 @@ import random
 import shlex
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ TEMPERATURE, BIAS = 2.5, -0.7
 
 def scored(log_odds: list[list[float]], labels: list[list[int]]) -> ScoredSet:
     lists = [
-        CandidateList("q", "query", None, ["d"] * len(row), ["text"] * len(row), row, [])
-        for row in labels
+        CandidateList("q", f"query {i}", None, ["d"] * len(row), ["text"] * len(row), row, [])
+        for i, row in enumerate(labels)
     ]
     return ScoredSet("made up", lists, log_odds)
 
@@ -124,6 +125,14 @@ def test_too_few_judgments_are_refused(labels: list[list[int]], counts: str) -> 
     log_odds = [[float(i) for i in range(len(row))] for row in labels]
     with pytest.raises(DataError, match=f"needs 20 queries .* {counts}. Judge more queries"):
         fit(scored(log_odds, labels))
+
+
+def test_lists_of_one_query_are_one_query() -> None:
+    some = overconfident(60, 8)
+    fit(some)
+    thrice = [replace(each, query=f"query {i // 4}") for i, each in enumerate(some.lists)]
+    with pytest.raises(DataError, match="got 15 and 15 of 15"):
+        fit(replace(some, lists=thrice))
 
 
 def test_precision_at_counts_what_is_kept() -> None:

@@ -54,7 +54,7 @@ def a_report(**changes: Any) -> Report:
     report = Report(
         title="A run",
         base="org/base",
-        adapter="runs/adapter",
+        tuned="runs/adapter",
         settings={"learning rate": "0.0001"},
         data=["train.jsonl: 100 rows, sha256 0123456789ab"],
         sets=[
@@ -252,7 +252,7 @@ def test_many_queries_make_no_large_page(tmp_path: Path) -> None:
 
 
 def test_report_is_written_for_names_that_are_not_utf8(tmp_path: Path) -> None:
-    write_report(tmp_path / "new" / "folder", a_report(adapter="runs/\udcff", title="报告"))
+    write_report(tmp_path / "new" / "folder", a_report(tuned="runs/\udcff", title="报告"))
     text = (tmp_path / "new" / "folder" / "report.html").read_text(encoding="utf-8")
     assert "报告" in text
     assert "runs/&#56575;" in text
@@ -271,7 +271,7 @@ def test_concerns_name_losses_alarms_and_simpler_rankers() -> None:
     assert concerns(a_report(sets=sets, warnings=["given"])) == [
         "given",
         "a: nDCG@10 got worse by 0.100.",
-        "a: 'given order' ranks with nDCG@10 0.500, the tuned model with no more.",
+        "a: 'given order' ranks with nDCG@10 0.500, runs/adapter with no more.",
         "b: Yes-bias: much.",
     ]
     assert concerns(a_report(warnings=[])) == []
@@ -305,6 +305,6 @@ def test_missing_matplotlib_is_named_and_the_figures_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'qwen3-reranker\[finetune\]'"):
+    with pytest.raises(MissingExtraError, match=r'pip install "qwen3-reranker\[finetune\]"'):
         write_report(tmp_path, a_report())
     assert (tmp_path / "report.json").exists()

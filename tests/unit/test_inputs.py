@@ -168,7 +168,7 @@ def test_bad_calls_are_refused_at_once() -> None:
         ({"model": 3}, "model must be a Hub name or a path, got int"),
         ({"model": None}, "model must be a Hub name or a path, got NoneType"),
         ({"model": b"model"}, "model must be a Hub name or a path, got bytes"),
-        ({"max_length": 0}, "max_length must be an integer of at least 1, got 0. Pass a number"),
+        ({"max_length": 0}, "max_length must be an integer of at least 1, got 0. Leave it out"),
         ({"max_length": -1}, "max_length must be an integer of at least 1, got -1"),
         ({"max_length": 1.5}, "max_length must be an integer of at least 1, got 1.5"),
         ({"max_length": True}, "max_length must be an integer of at least 1, got True"),

@@ -4,6 +4,7 @@ import asyncio
 import copy
 import gc
 import logging
+import math
 import pickle
 import subprocess
 import sys
@@ -494,7 +495,9 @@ class TestDialects:
             {"index": 0, "relevance_score": 1.0, "log_odds": 41.5, "truncated": True},
             {"index": 1, "relevance_score": 0.5, "log_odds": 41.5},
         ]
-        ours, invented = read_scores({"results": rows}, 2)
+        rows.append({"index": 2, "relevance_score": 1.0, "log_odds": math.inf})
+        ours, invented, endless = read_scores({"results": rows}, 3)
+        assert math.isfinite(endless.log_odds)
         assert (ours.log_odds, ours.truncated) == (41.5, True)
         assert (invented.log_odds, invented.truncated) == (0.0, False)
 
@@ -546,6 +549,8 @@ class TestSettings:
             ({"url": "http://user:CANARY@host"}, "no user, password"),
             ({"url": "http://host?key=CANARY"}, "no user, password"),
             ({"url": 5}, "url"),
+            ({"url": "http://[::1"}, "http or https"),
+            ({"url": "http://host:99999"}, "http or https"),
             ({"api_key": "CANARY\nX: y"}, "printable ASCII"),
             ({"api_key": "CANARY ü"}, "printable ASCII"),
             ({"timeout_s": 0}, "timeout_s"),

@@ -297,6 +297,8 @@ async def test_arank_returns_what_rank_returns(reranker: Reranker) -> None:
 
 async def test_ascore_returns_what_score_returns(reranker: Reranker) -> None:
     assert await reranker.ascore(QUERY, FRUIT) == reranker.score(QUERY, FRUIT)
+    pairs = [(QUERY, FRUIT[0]), ("other", FRUIT[1])]
+    assert await reranker.ascore_pairs(pairs) == reranker.score_pairs(pairs)
 
 
 async def test_arank_many_tasks_each_get_their_own(reranker: Reranker) -> None:

@@ -234,11 +234,11 @@ async def test_half_an_emoji_is_repaired_as_everywhere(client: httpx.AsyncClient
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [
-        ({"documents": FRUIT}, 422, "query: field required"),
-        ({"query": 5, "documents": FRUIT}, 422, "query: input should be a valid string"),
+        ({"documents": FRUIT}, 422, "query: Field required"),
+        ({"query": 5, "documents": FRUIT}, 422, "query: Input should be a valid string"),
         ({"query": QUERY}, 400, "documents are missing"),
         ({"query": " ", "documents": FRUIT}, 400, "query is blank"),
-        ({"query": QUERY, "documents": "CANARY"}, 422, "documents: input should be a valid list"),
+        ({"query": QUERY, "documents": "CANARY"}, 422, "documents: Input should be a valid list"),
         ({"query": QUERY, "documents": ["a", None]}, 422, "documents.1"),
         ({"query": QUERY, "documents": ["a", {"title": "CANARY"}]}, 422, "documents.1"),
         ({"query": QUERY, "documents": FRUIT, "top_n": 0}, 422, "greater than or equal to 1"),

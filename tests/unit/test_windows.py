@@ -43,6 +43,9 @@ def test_window_is_encoded_as_its_text_alone(text: str) -> None:
     for (start, stop), ids in zip(pieces, group.documents, strict=True):
         alone = tokenizer.encode_group(None, "q", [text[start:stop]], max_length=128)
         np.testing.assert_array_equal(ids, alone.documents[0])
+        whole = tokenizer.encode_group(None, "q", [text[start:stop]], max_length=10_000)
+        is_last = stop == len(text)
+        assert len(whole.documents[0]) - len(ids) <= (0 if is_last else 3), "in the next window"
 
 
 def test_short_documents_are_left_alone() -> None:

@@ -1,0 +1,142 @@
+"""A model as the core serves it, and its scores of judged candidate lists.
+
+Decides how lists are read for measuring, and what scores kept on disk depend on. What rankings are
+worth is `metrics.py`'s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Self
+
+from tqdm import tqdm
+
+from qwen3_reranker import Reranker, checkpoint
+from qwen3_reranker.candidates import CandidateList, read_candidates
+from qwen3_reranker.errors import DataError
+from qwen3_reranker.inputs import DTYPES
+from qwen3_reranker.results import in_order
+
+from .output import write_whole
+
+Lists = Mapping[str, Sequence[CandidateList]]
+Scores = Mapping[str, list[list[float]]]
+"""Log-odds of every candidate, by set and list."""
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A model as the core serves it; settings as of `Reranker`."""
+
+    model: str
+    adapter: str | None = None
+    dtype: str | None = None
+    device: str | None = None
+    max_length: int = 8192
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Add a flag per field."""
+        parser.add_argument("--model", required=True, help='Hub name, folder or "embedded"')
+        parser.add_argument("--adapter", help="LoRA weights")
+        parser.add_argument("--dtype", choices=DTYPES)
+        parser.add_argument("--device", help="such as cpu or cuda:1")
+        parser.add_argument("--max_length", type=int, default=8192, help="tokens per pair")
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> Self:
+        """Return what the flags say."""
+        return cls(**{each.name: getattr(arguments, each.name) for each in fields(cls)})
+
+
+def read_lists(paths: Sequence[str], *, depth: int | None = None) -> dict[str, list[CandidateList]]:
+    """Read judged candidate lists, by the name of their file or folder; `depth` as of `first`.
+
+    Raises:
+        DataError: With every fault of every file.
+    """
+    found: dict[str, list[CandidateList]] = {}
+    faults = []
+    for path in paths:
+        name = Path(path).resolve().name
+        for suffix in (".gz", ".xz", ".jsonl", ".trec", ".run"):
+            name = name.removesuffix(suffix)
+        try:
+            if name in found:
+                raise DataError(f"two evaluation files are called '{name}'. Rename one of them.")
+            found[name] = [each.first(depth) for each in _judged(path)]
+        except DataError as error:
+            faults.append(str(error))
+    if faults:
+        raise DataError("\n".join(faults))
+    return found
+
+
+def _judged(path: str) -> list[CandidateList]:
+    lists = read_candidates(path)
+    unjudged = [each.query_id for each in lists if each.labels is None and each.texts]
+    if unjudged:
+        raise DataError(
+            f"{path}: query {unjudged[0]} has no labels, so nothing can be measured. Add a label "
+            "per candidate, or qrels beside the run."
+        )
+    return lists
+
+
+def saved_scores(served: Served, lists: Lists, output: Path) -> Scores:
+    """Return the scores of a model, computed once per weights, settings and lists.
+
+    They are kept in the folder `output`, which must exist.
+    """
+    texts = [
+        [(each.instruction, each.query, each.texts) for each in rows] for rows in lists.values()
+    ]
+    files = [checkpoint.stamp(name) for name in (served.model, served.adapter) if name is not None]
+    key = (files, served.dtype, served.device, served.max_length, list(lists), texts)
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    file = output / f"scores-{digest}.json"
+    if file.is_file():
+        print(f"Scores of {served.adapter or served.model} reused: {file}")
+        found: Scores = json.loads(file.read_text(encoding="utf-8"))
+        return found
+    with Reranker(**asdict(served)) as reranker:
+        scores = score_lists(reranker, lists)
+    write_whole(file, json.dumps(scores))
+    return scores
+
+
+def score_lists(reranker: Reranker, lists: Lists) -> Scores:
+    """Return the log-odds of every candidate as the core serves them."""
+
+    def score(each: CandidateList) -> list[float]:
+        return in_order(reranker.rank(each.query, each.texts, instruction=each.instruction))
+
+    return score_each(lists, score)
+
+
+def score_each(
+    lists: Lists, score: Callable[[CandidateList], list[float]]
+) -> dict[str, list[list[float]]]:
+    """Return the scores of all lists, with a progress bar."""
+    total = sum(map(len, lists.values()))
+    with tqdm(total=total, desc="Ranking", unit=" lists", leave=False, disable=None) as bar:
+        scores: dict[str, list[list[float]]] = {}
+        for name, rows in lists.items():
+            scores[name] = []
+            for each in rows:
+                scores[name].append(score(each))
+                bar.update()
+    return scores
+
+
+def next_step(model: str, adapter: str | None, *options: str) -> str:
+    """Return the command that a user would type next; no training text stands in it."""
+    adapted = [] if adapter is None else ["--adapter", adapter]
+    names = shlex.join(["--model", model, *adapted, *options])
+    return f'qwen3-reranker rank {names} -q "your query" "first document" "second document"'
