@@ -19,7 +19,7 @@ from qwen3_reranker.candidates import read_candidates
 SUPPORT = Path(__file__).parent / "support"
 model = sys.argv[1] if len(sys.argv) > 1 else "embedded"
 judged = sys.argv[2] if len(sys.argv) > 2 else str(SUPPORT / "dev.jsonl")
-flags = sys.argv[3:] or ["--precision", "0.5"]
+flags = sys.argv[3:] or ["--precision", "0.3"]  # a tenth of its candidates are relevant
 
 command = ["calibrate", "--model", model, "--eval_file", judged, "--output_dir", "calibration"]
 if status := finetune([*command, *flags]):
@@ -35,4 +35,4 @@ with Reranker(model, calibration=file) as reranker:
         )
         print(f"\n{each.query}: {len(ranking)} of {len(each.texts)} are kept")
         for result in ranking:
-            print(f"{result.score:.2f}  {result.document}")
+            print(f"{result.score:.2f}  {result.document[:80]}")
