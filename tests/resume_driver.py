@@ -185,7 +185,7 @@ def serve(argv: list[str]) -> None:
     finetune.train.load_trainee = lambda *_, **__: trainee  # type: ignore[attr-defined]
     # What the other tests of training have, and takes most of the time.
     finetune.train._check_reloaded = nothing  # type: ignore[assignment]
-    finetune.train.compare_sets = lambda *_: []  # type: ignore[attr-defined]
+    finetune.train.compare_sets = lambda *_, **__: []  # type: ignore[attr-defined]
     finetune.train.write_report = report  # type: ignore[attr-defined]
     extract_model_from_parallel(torch.nn.Linear(1, 1))  # imports DeepSpeed where it is installed
     print("ready", flush=True)
