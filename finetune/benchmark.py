@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from qwen3_reranker import Reranker, checkpoint
+from qwen3_reranker import Reranker
 from qwen3_reranker.errors import DataError, InputError
 from qwen3_reranker.prompt import PUBLISHED_EVAL, TEMPLATES
 from qwen3_reranker.terminal import fit
@@ -39,6 +39,10 @@ _SOURCES = {
 
 BENCHMARKS = ("MTEB-R", "CMTEB-R", "MMTEB-R", "MLDR", "MTEB-Code", "FollowIR", "NanoBEIR")
 """The six columns that were published, and a cheap one that was not."""
+
+_OF_LISTS = ["eval_file", "guard_file", "depth", "instruction_check", "relevant_from"]
+_OF_BENCHMARKS = ["first_stage", "template", "task_prompts"]
+"""Flags that one of the two reads."""
 
 _MODELS = ("first", "0.6B", "4B", "8B", "Jina", "gte", "BGE")
 # arXiv 2506.05176 and the model cards of Qwen3-Reranker: mean over tasks, times 100.
@@ -78,19 +82,19 @@ def refuse_mixture(arguments: argparse.Namespace) -> None:
     Raises:
         InputError: If there is nothing to measure, or what is asked for belongs to two commands.
     """
-    of_lists = ("eval_file", "guard_file", "depth", "instruction_check", "relevant_from")
-    of_benchmarks = ("first_stage", "template", "task_prompts")
     if not arguments.benchmark and not arguments.eval_file and not arguments.guard_file:
         raise InputError(
             "there is nothing to evaluate on. Pass --eval_file FILE, or --benchmark NAME."
         )
-    others = of_lists if arguments.benchmark else of_benchmarks
-    mixed = [f"--{name}" for name in others if getattr(arguments, name) not in (None, [], False)]
+    if arguments.benchmark:
+        measured, names = "benchmarks", _OF_LISTS
+    else:
+        measured, names = "candidate lists", _OF_BENCHMARKS
+    mixed = [f"--{name}" for name in names if getattr(arguments, name) not in (None, [], False)]
     if mixed:
-        one, other = ("benchmarks", "candidate lists")[:: 1 if arguments.benchmark else -1]
         raise InputError(
-            f"{' and '.join(mixed)} cannot be used here: {one} are measured, and that is of "
-            f"{other}. Run evaluate once for each."
+            f"{' and '.join(mixed)} cannot be used here: {measured} are measured, which do not "
+            "read that. Run evaluate once for each."
         )
 
 
@@ -102,14 +106,12 @@ def run(served: Served, arguments: argparse.Namespace, output: Path) -> int:
     template = arguments.template or (None if served.adapter else PUBLISHED_EVAL.id)
     with Reranker(**asdict(served), template=template) as reranker:
         rendered = reranker.loaded.tokenizer.template  # a model that does not load fails here
-        weights = [checkpoint.stamp(m) for m in (served.model, served.adapter) if m is not None]
-        key = (weights, served.dtype, served.device, served.max_length, rendered.hash, prompts)
         scores = rerank_tasks(
             [task for group in tasks.values() for task in group],
             reranker,
             first_stage,
             output,
-            key=key,
+            key=(served.identity, rendered.hash, prompts),
             task_prompts=prompts,
             device=served.device,
         )

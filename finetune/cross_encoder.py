@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from qwen3_reranker import Reranker
+from qwen3_reranker.bulk import score_columns
 
 _PAIRS = 1024
 """Pairs of one call: some ten lists of a hundred, 50 MB of the longest documents there are."""
 
-Pair: TypeAlias = tuple[tuple[str | None, str], str]
-"""((instruction, query), document)."""
+Pair: TypeAlias = tuple[str, str, str | None]
+"""Query, document, instruction."""
 
 
 class MtebCrossEncoder:
@@ -74,25 +75,12 @@ class MtebCrossEncoder:
             disable=None if show_progress_bar is None else not show_progress_bar,
         ) as bar:
             while chunk := list(islice(pairs, _PAIRS)):
-                scores.append(self._score(chunk))
+                queries, documents, instructions = zip(*chunk, strict=True)
+                columns = {"query": queries, "document": documents, "instruction": instructions}
+                found = score_columns(self._reranker, columns)  # equal queries are read once
+                scores.append(found["log_odds"].astype(np.float32))
                 bar.update(len(chunk))
         return np.concatenate(scores)
-
-    def _score(self, pairs: list[Pair]) -> NDArray[np.float32]:
-        """Score pairs by query, so that the head of a query is computed once."""
-        places: dict[tuple[str | None, str], list[int]] = {}
-        for place, (head, _) in enumerate(pairs):
-            places.setdefault(head, []).append(place)
-        rankings = self._reranker.rank_many(
-            [query for _, query in places],
-            [[pairs[place][1] for place in group] for group in places.values()],
-            instruction=[instruction for instruction, _ in places],
-        )
-        scores = np.empty(len(pairs), np.float32)
-        for group, ranking in zip(places.values(), rankings, strict=True):
-            for result in ranking:
-                scores[group[result.index]] = result.log_odds
-        return scores
 
 
 def task_instruction(task_metadata: Any, task_prompts: Mapping[str, str]) -> str | None:
@@ -118,4 +106,4 @@ def _pairs(
         # so that reading "text" would put it into the prompt twice.
         own = batch.get("instruction") or [None] * len(batch["query"])
         for each, query, document in zip(own, batch["query"], texts["text"], strict=True):
-            yield (each or instruction, query), document
+            yield query, document, each or instruction

@@ -13,7 +13,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from tqdm import tqdm
 
@@ -48,6 +48,12 @@ class Served:
         parser.add_argument("--dtype", choices=DTYPES)
         parser.add_argument("--device", help="such as cpu or cuda:1")
         parser.add_argument("--max_length", type=int, default=8192, help="tokens per pair")
+
+    @property
+    def identity(self) -> list[Any]:
+        """What its scores depend on besides texts and prompt, ready for JSON."""
+        names = [name for name in (self.model, self.adapter) if name is not None]
+        return [list(map(checkpoint.stamp, names)), self.dtype, self.device, self.max_length]
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> Self:
@@ -97,8 +103,7 @@ def saved_scores(served: Served, lists: Lists, output: Path) -> Scores:
     texts = [
         [(each.instruction, each.query, each.texts) for each in rows] for rows in lists.values()
     ]
-    files = [checkpoint.stamp(name) for name in (served.model, served.adapter) if name is not None]
-    key = (files, served.dtype, served.device, served.max_length, list(lists), texts)
+    key = (served.identity, list(lists), texts)
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     file = output / f"scores-{digest}.json"
     if file.is_file():

@@ -45,33 +45,39 @@ class BulkScorer:
         _ = self._reranker.loaded  # a model that does not load fails its actor, not the first batch
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-        """Return the batch with P("yes"), log-odds, and whether a document's end was cut.
+        """Return the batch with its scores; arguments and errors are those of `score_columns`."""
+        return score_columns(self._reranker, batch)
 
-        Args:
-            batch: Columns `query`, `document` and perhaps `instruction`, in which None stands for
-                the default; others are passed through.
 
-        Raises:
-            InputError: If a column is missing or would be overwritten, or a row is no pair of
-                texts; it names the row of the batch.
-            Qwen3RerankerError: As `Reranker.rank`.
-        """
-        _check_columns(batch)
-        queries, documents, positions = _group(batch)
-        rankings = self._reranker.rank_many(
-            [query for _, query in queries],
-            documents,
-            instruction=[instruction for instruction, _ in queries],
-        )
-        num_rows = len(batch["query"])
-        scores, log_odds = np.empty(num_rows), np.empty(num_rows)
-        truncated = np.empty(num_rows, bool)
-        for ranking, rows in zip(rankings, positions, strict=True):
-            for result in ranking:
-                row = rows[result.index]
-                scores[row], log_odds[row] = result.score, result.log_odds
-                truncated[row] = result.truncated
-        return {**batch, "score": scores, "log_odds": log_odds, "truncated": truncated}
+def score_columns(reranker: Reranker, batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """Return a batch with P("yes"), log-odds, and whether a document's end was cut.
+
+    Args:
+        reranker: What scores.
+        batch: Columns `query`, `document` and perhaps `instruction`, in which None stands for the
+            default; others are passed through.
+
+    Raises:
+        InputError: If a column is missing or would be overwritten, or a row is no pair of texts; it
+            names the row of the batch.
+        Qwen3RerankerError: As `Reranker.rank`.
+    """
+    _check_columns(batch)
+    queries, documents, positions = _group(batch)
+    rankings = reranker.rank_many(
+        [query for _, query in queries],
+        documents,
+        instruction=[instruction for instruction, _ in queries],
+    )
+    num_rows = len(batch["query"])
+    scores, log_odds = np.empty(num_rows), np.empty(num_rows)
+    truncated = np.empty(num_rows, bool)
+    for ranking, rows in zip(rankings, positions, strict=True):
+        for result in ranking:
+            row = rows[result.index]
+            scores[row], log_odds[row] = result.score, result.log_odds
+            truncated[row] = result.truncated
+    return {**batch, "score": scores, "log_odds": log_odds, "truncated": truncated}
 
 
 def _check_columns(batch: Mapping[str, Sequence[Any]]) -> None:

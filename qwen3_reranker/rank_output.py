@@ -10,7 +10,7 @@ from statistics import mean
 from typing import Any
 
 from .candidates import CandidateList, ndcg_at_10
-from .results import RankedDocument, Usage
+from .results import RankedDocument, Usage, in_order
 from .terminal import WIDTH, fit
 
 
@@ -64,11 +64,9 @@ def summary(
     if judged:
         before, after = [], []
         for candidates, labels, ranking in judged:
-            log_odds = {result.index: result.log_odds for result in ranking}
             given = [-float(i) for i in range(len(labels))]
             before.append(ndcg_at_10(labels, given, candidates.missing_labels))
-            scores = [log_odds[i] for i in range(len(labels))]
-            after.append(ndcg_at_10(labels, scores, candidates.missing_labels))
+            after.append(ndcg_at_10(labels, in_order(ranking), candidates.missing_labels))
         lines.append(
             f"nDCG@10 {mean(after):.4f}, in the order given {mean(before):.4f} "
             f"({len(judged)} queries with labels)"

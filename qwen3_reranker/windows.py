@@ -80,7 +80,6 @@ def _windows(tokenizer: PromptTokenizer, document: str, room: int) -> list[Piece
     cuts off a window is in the next one, but for the last.
     """
     spans = tokenizer.token_spans(document)
-    found = split(spans, room)
     for slack in range(_OVERLAP):
         found = split(spans, max(room - slack, 1))
         found[-1] = (found[-1][0], len(document))

@@ -15,6 +15,7 @@ from pathlib import Path
 from finetune.cli import main as finetune
 from finetune.data import read_training_file
 from qwen3_reranker import Reranker
+from qwen3_reranker.results import in_order
 
 SUPPORT = Path(__file__).parent / "support"
 names = [*sys.argv[1:5], *[None] * 4][:4]
@@ -28,7 +29,7 @@ with Reranker(teacher) as reranker, scored_file.open("w", encoding="utf-8") as f
     for number, row in enumerate(rows, 1):
         documents = [*row.positive, *row.negative]
         ranking = reranker.rank(row.query, documents, instruction=row.instruction)
-        log_odds = [result.log_odds for result in sorted(ranking, key=lambda each: each.index)]
+        log_odds = in_order(ranking)
         scores = {
             "positive": log_odds[: len(row.positive)],
             "negative": log_odds[len(row.positive) :],

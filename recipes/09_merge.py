@@ -15,6 +15,7 @@ from statistics import mean
 from finetune.cli import main as finetune
 from qwen3_reranker import Reranker
 from qwen3_reranker.candidates import ndcg_at_10, read_candidates
+from qwen3_reranker.results import in_order
 
 MERGED = "merged-adapter"
 
@@ -38,7 +39,6 @@ for adapter in (None, first, second, MERGED):
             )
             gains = []
             for each, ranking in zip(lists, rankings, strict=True):
-                scores = [r.log_odds for r in sorted(ranking, key=lambda r: r.index)]
-                gains.append(ndcg_at_10(each.labels or [], scores, each.missing_labels))
+                gains.append(ndcg_at_10(each.labels or [], in_order(ranking), each.missing_labels))
             found.append(mean(gains))
     print((adapter or base)[-39:].ljust(40) + "".join(f"{value:22.4f}" for value in found))

@@ -24,6 +24,7 @@ from llama_index.postprocessor.qwen3_reranker import Qwen3Reranker as LlamaIndex
 from qwen3_reranker import Calibration, DataError, ModelLoadError, RemoteReranker, Reranker
 from qwen3_reranker.candidates import read_candidates
 from qwen3_reranker.integration import scorer_of
+from qwen3_reranker.results import in_order
 from tests import real_parts
 from tests.fakes import FakeModel, loaded
 from tests.invariants import check_ranking
@@ -71,7 +72,7 @@ def test_calibration_fitted_on_half_of_the_questions_holds_on_the_other(
         check_ranking(ranking, each.texts, temperature=served.temperature, bias=served.bias)
         scores = [result.score for result in ranking]
         assert scores == sorted(scores, reverse=True)
-        rows.append([r.log_odds for r in sorted(ranking, key=lambda r: r.index)])
+        rows.append(in_order(ranking))
 
     plain = ScoredSet("held-out", lists, rows)
     calm = calibrated(plain, served)

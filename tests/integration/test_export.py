@@ -22,6 +22,7 @@ from finetune.whole import SAMPLE, load_whole
 from qwen3_reranker import Reranker
 from qwen3_reranker.errors import InputError, Qwen3RerankerError
 from qwen3_reranker.prompt import PUBLISHED_EVAL, TEMPLATES
+from qwen3_reranker.results import in_order
 
 FORMATS = ["seq-cls", "sentence-transformers"]
 GGUF = pytest.param("gguf", marks=pytest.mark.slow)  # gguf reads 300,000 tokens and merges: 8 s
@@ -30,7 +31,7 @@ GGUF = pytest.param("gguf", marks=pytest.mark.slow)  # gguf reads 300,000 tokens
 def log_odds(model: Path | str, **settings: Any) -> np.ndarray[Any, Any]:
     with Reranker(str(model), device="cpu", **settings) as reranker:
         rows = [reranker.rank(query, documents) for query, documents in SAMPLE]
-    return np.array([r.log_odds for row in rows for r in sorted(row, key=lambda r: r.index)])
+    return np.concatenate([in_order(row) for row in rows])
 
 
 def run(model: Path, form: str, output: Path, more: str = "") -> int:

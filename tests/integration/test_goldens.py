@@ -7,6 +7,7 @@ import os
 import pytest
 
 from qwen3_reranker import Reranker
+from qwen3_reranker.results import in_order
 
 MODEL = os.environ.get("QWEN3_RERANKER_0_6B")
 needs_weights = pytest.mark.skipif(
@@ -24,7 +25,7 @@ def test_log_odds_equal_those_of_sentence_transformers_tests() -> None:
     ]
     with Reranker(str(MODEL), dtype="float32") as reranker:
         results = reranker.rank("Which planet is known as the Red Planet?", documents)
-    log_odds = [result.log_odds for result in sorted(results, key=lambda r: r.index)]
+    log_odds = in_order(results)
     assert log_odds == pytest.approx([-3.109298, 7.120390, -0.378755, 3.541637], abs=1e-3)
 
 

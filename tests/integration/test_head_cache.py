@@ -13,6 +13,7 @@ import torch
 from qwen3_reranker import Reranker
 from qwen3_reranker.loading import load_model
 from qwen3_reranker.packing import Budget, build_pack, merge_duplicates, plan_packs
+from qwen3_reranker.results import in_order
 from tests import texts
 from tests.official import Official
 
@@ -21,7 +22,7 @@ DOCUMENTS = [document for _, document in texts.ordinary_pairs(40)]
 
 def log_odds(reranker: Reranker, query: str, documents: list[str], **given: Any) -> list[float]:
     ranking = reranker.rank(query, documents, **given)
-    return [result.log_odds for result in sorted(ranking, key=lambda result: result.index)]
+    return in_order(ranking)
 
 
 @pytest.mark.parametrize("family", ["Qwen3", pytest.param("Llama", marks=pytest.mark.slow)])

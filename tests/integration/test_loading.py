@@ -20,6 +20,7 @@ from qwen3_reranker.adapters import ADAPTER_RECORD, fingerprint
 from qwen3_reranker.embedded import find_gguf
 from qwen3_reranker.loading import load_model
 from qwen3_reranker.prompt import TEMPLATES
+from qwen3_reranker.results import in_order
 from tests import official
 from tests.fakes import leaking
 from tests.invariants import check_ranking
@@ -45,7 +46,7 @@ def log_odds(folder: Path | str, **settings: Any) -> list[float]:
     with Reranker(str(folder), **settings) as reranker:
         results = reranker.rank("capital", DOCUMENTS)
     check_ranking(results, DOCUMENTS)
-    return [r.log_odds for r in sorted(results, key=lambda r: r.index)]
+    return in_order(results)
 
 
 @pytest.mark.slow  # half a minute

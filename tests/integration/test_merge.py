@@ -19,6 +19,7 @@ from finetune.cli import main
 from finetune.merge import coefficients
 from finetune.whole import SAMPLE
 from qwen3_reranker import Reranker
+from qwen3_reranker.results import in_order
 from tests.real_parts import save_random_adapter
 
 SHAPES = [{"tied": True}, {"tied": False}]
@@ -38,7 +39,7 @@ def make_adapter(checkpoint: Callable[..., Path], tmp_path: Path) -> MakeAdapter
 def scores(model: Path | str, **settings: Any) -> np.ndarray[Any, Any]:
     with Reranker(str(model), dtype="float32", device="cpu", **settings) as reranker:
         rows = [reranker.rank(query, documents) for query, documents in SAMPLE]
-    return np.array([r.log_odds for row in rows for r in sorted(row, key=lambda r: r.index)])
+    return np.concatenate([in_order(row) for row in rows])
 
 
 def changes(adapter: Path) -> dict[str, torch.Tensor]:

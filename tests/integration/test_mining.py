@@ -23,6 +23,7 @@ from finetune.negatives import Judge, Mining, candidates, find_negatives
 from finetune.retrieval import BM25, Corpus, read_corpus, search
 from qwen3_reranker import Reranker
 from qwen3_reranker.documents import Document
+from qwen3_reranker.results import in_order
 from tests import real_parts, texts
 
 ROOT = Path(__file__).parents[2]
@@ -61,7 +62,7 @@ def test_what_is_mined_is_valid_and_has_the_teachers_scores(
             ranking = reranker.rank(
                 group.query, [*group.positive, *group.negative], instruction=group.instruction
             )
-            expected = [each.log_odds for each in sorted(ranking, key=lambda each: each.index)]
+            expected = in_order(ranking)
             assert group.scores == pytest.approx(expected, abs=1e-3)
             assert max(group.scores[1:]) <= group.scores[0]
 

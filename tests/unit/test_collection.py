@@ -173,22 +173,23 @@ def test_table_of_texts_has_a_tab_per_line(folder: Path) -> None:
         read_candidates(str(folder))
 
 
-def test_faults_of_all_files_come_at_once(folder: Path) -> None:
+def error_with_a_line_more(folder: Path, line: str) -> str:
+    """Return the error after every file has got this line, too."""
     for name in FILES:
         with (folder / name).open("a") as file:
-            file.write("nonsense\n")
+            file.write(f"{line}\n")
     with pytest.raises(DataError) as caught:
         read_candidates(str(folder))
-    assert str(caught.value).count("has 1 fault") == 4
+    return str(caught.value)
+
+
+def test_faults_of_all_files_come_at_once(folder: Path) -> None:
+    assert error_with_a_line_more(folder, "nonsense").count("has 1 fault") == 4
 
 
 def test_faults_never_quote_texts(folder: Path) -> None:
-    for name in FILES:
-        with (folder / name).open("a") as file:
-            file.write('{"_id": 5, "text": "CANARY and more", "title": ["CANARY"]\n')
-    with pytest.raises(DataError) as caught:
-        read_candidates(str(folder))
-    assert "CANARY" not in str(caught.value)
+    line = '{"_id": 5, "text": "CANARY and more", "title": ["CANARY"]'
+    assert "CANARY" not in error_with_a_line_more(folder, line)
 
 
 @pytest.mark.parametrize(
