@@ -17,6 +17,8 @@ import torch
 import transformers
 from sentence_transformers import CrossEncoder
 
+from finetune.gguf_export import FILE, write_gguf
+from finetune.whole import load_whole
 from qwen3_reranker import Reranker
 from qwen3_reranker.loading import DTYPES
 from tests.official import INSTRUCTION, PREFIX, SUFFIX, format_body
@@ -28,9 +30,10 @@ Batch: TypeAlias = Sequence[tuple[str, list[str]]]
 OURS = "qwen3-reranker"
 OURS_INT8 = "qwen3-reranker, int8"
 OFFICIAL = "official script"
+LLAMA_CPP = "llama.cpp"
 NAMES = (
     OFFICIAL, "official, last logits", "transformers, sorted", "sentence-transformers",
-    OURS, OURS_INT8,
+    LLAMA_CPP, OURS, OURS_INT8,
 )  # fmt: skip
 OFFICIAL_BATCH = 8
 _MAX_LENGTH = 8192
@@ -105,6 +108,29 @@ class OfficialScript:
         return scores
 
 
+class LlamaCpp:
+    """llama.cpp's rerank server without its HTTP, on the file that `finetune export` writes."""
+
+    def __init__(self, folder: Path) -> None:
+        from xllamacpp import Server
+
+        from tests.compat.llama_server import rank_parameters
+
+        write_gguf(load_whole(str(folder), None), folder)
+        self.server = Server(rank_parameters(str(folder / FILE), _MAX_LENGTH))
+        self.tokens = 0
+
+    def score(self, batch: Batch) -> list[float]:
+        """Return P("yes") of each document."""
+        scores: list[float] = []
+        for query, texts in batch:
+            reply = self.server.handle_rerank({"query": query, "documents": texts})
+            self.tokens += reply["usage"]["total_tokens"]
+            rows = sorted(reply["results"], key=lambda row: row["index"])
+            scores += [row["relevance_score"] for row in rows]
+        return scores
+
+
 def save_chat_template(folder: Path) -> None:
     """Write the template by which sentence-transformers renders a pair: one message per role."""
     message = (
@@ -140,6 +166,9 @@ def load(folder: Path, dtype: str, device: str, names: Sequence[str] = NAMES) ->
             return scores
 
         contenders.append(Contender("sentence-transformers", predict, count_tokens(encoder.model)))
+    if LLAMA_CPP in names:
+        llama = LlamaCpp(folder)
+        contenders.append(Contender(LLAMA_CPP, llama.score, lambda: llama.tokens))
     for name, ours in ((OURS, dtype), (OURS_INT8, "int8")):
         if name in names:
             reranker = Reranker(str(folder), dtype=ours, device=device)

@@ -1,6 +1,8 @@
-"""Cost of scoring, beside the official script, plain transformers and sentence-transformers.
+"""Cost of scoring, beside the official script, transformers, sentence-transformers and llama.cpp.
 
     python -m benchmarks.speed --workloads w1 w3 w6
+
+llama.cpp takes part where xllamacpp is installed.
 
 Decides the workloads and the extrapolation to full depth. Knows nothing of quality: the weights are
 random, which changes no cost. Every contender starts from text and ends with P("yes"); none is
@@ -20,6 +22,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,7 @@ from tests.real_parts import (
 )
 
 from .contenders import (
+    LLAMA_CPP,
     NAMES,
     OFFICIAL,
     OURS,
@@ -63,6 +67,8 @@ from .workload import (
 
 PACKAGES = ("torch", "transformers", "sentence-transformers")
 DEPTHS = (4, 8)
+SLOW = (OFFICIAL, LLAMA_CPP)
+"""Many times as long as the others, so that no round more is needed to tell."""
 WIDTHS: dict[str, tuple[dict[str, Any], int]] = {
     "0.6b": (QWEN3_0_6B, 28), "4b": (QWEN3_4B, 36), "8b": (QWEN3_8B, 36), "tiny": ({}, 28),
 }  # fmt: skip
@@ -165,8 +171,7 @@ def measure(
             found = [Result(workload, contender.name, dtype, layers) for contender in contenders]
             for number in range(args.rounds):
                 for i in rng.permutation(len(contenders)):
-                    # As published it takes hours; what it costs beyond its last logits is plain.
-                    if contenders[i].name == OFFICIAL and number >= args.official_rounds:
+                    if contenders[i].name in SLOW and number >= args.slow_rounds:
                         continue
                     gc.collect()  # the garbage of one is not the next one's work
                     before, start = contenders[i].tokens(), read_clock(args.device)
@@ -279,7 +284,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=["w1-12"])
-    parser.add_argument("--contenders", nargs="+", choices=NAMES, default=list(NAMES))
+    here = [n for n in NAMES if n != LLAMA_CPP or find_spec("xllamacpp")]
+    parser.add_argument("--contenders", nargs="+", choices=NAMES, default=here)
     parser.add_argument("--dtypes", nargs="+", choices=TOLERANCES, default=list(TOLERANCES))
     parser.add_argument("--widths", choices=WIDTHS, default="0.6b")
     parser.add_argument(
@@ -287,7 +293,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="layers that are measured; one depth is not extrapolated",
     )  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--official-rounds", type=int, default=1, help="of the script as published")
+    parser.add_argument(
+        "--slow-rounds", type=int, default=1, help=f"of what takes hours: {', '.join(SLOW)}"
+    )
     parser.add_argument("--memory", action="store_true", help="also the peak of a process of each")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a bar chart here")
     add_run_options(parser)
@@ -295,7 +303,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if min(*args.depths, args.rounds, args.threads) < 1 or len(args.depths) > 2:
         parser.error("--depths (one or two), --rounds and --threads must be at least 1")
     if args.device != "cpu":
-        args.contenders = [name for name in args.contenders if name != OURS_INT8]
+        args.contenders = [n for n in args.contenders if n not in (OURS_INT8, LLAMA_CPP)]
     return args
 
 

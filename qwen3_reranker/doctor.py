@@ -143,10 +143,10 @@ def examine(
             f"{theirs:19.6f} {mine:10.6f} {mine - theirs:+.1e}"
         )
     largest = max(abs(mine - theirs) for theirs, mine in zip(official, ours, strict=True))
-    if dtype == "int8":
+    if dtype in ("int8", "nf4"):
         # What rounding costs depends on the model: its user judges that, and no bound of ours.
         is_healthy = math.isfinite(largest)
-        verdict = ": the price of int8, so compare rankings on queries of yours"
+        verdict = f": the price of {dtype}, so compare rankings on queries of yours"
     else:
         bound = _BOUNDS[decoder_dtype]
         is_healthy = largest <= bound  # not turned round: a NaN must not count as healthy

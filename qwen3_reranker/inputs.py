@@ -19,7 +19,7 @@ from .prompt import TEMPLATES, PromptTemplate
 API_KEY_VARIABLE = "QWEN3_RERANKER_API_KEY"
 """Where the server looks for the key of its clients, and a client for that of its server."""
 
-DTYPES = ("float32", "bfloat16", "float16", "int8")
+DTYPES = ("float32", "bfloat16", "float16", "int8", "nf4")
 
 
 def query(value: Any, name: str = "query") -> str:

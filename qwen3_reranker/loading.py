@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from math import inf
 from time import perf_counter
 from types import SimpleNamespace
@@ -24,10 +24,10 @@ from .attention import choose_backend
 from .checkpoint import locate, open_checkpoint, read_tokenizer, read_weights
 from .corpus import read_corpus
 from .errors import ModelLoadError
-from .int8 import quantise_layers
 from .model import YesNoCrossEncoder
 from .packing import Budget, build_pack, merge_duplicates, plan_packs
 from .prompt import PromptTemplate
+from .quantised import Int8Linear, nf4_linear, replace_linears
 from .tokenization import PromptTokenizer
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def load_model(
 
     Args:
         model: Hub name, folder, or path of a GGUF file.
-        dtype: "float32", "bfloat16", "float16", "int8", or None for the default of the device.
+        dtype: One of `inputs.DTYPES`, or None for the default of the device.
         device: A torch device, or None for CUDA where available, else CPU.
         template: The prompt, or None to take the adapter's or what the tokenizer can express.
         adapter: Folder or Hub name of LoRA weights, merged in float32.
@@ -91,6 +91,7 @@ def load_model(
 
     Raises:
         ModelLoadError: If anything about the checkpoint is missing, unsupported or inconsistent.
+        MissingExtraError: If the dtype needs a library that is not installed.
     """
     torch_device = _choose_device(device)
     folder, gguf_file, config = open_checkpoint(model, revision)
@@ -109,6 +110,8 @@ def load_model(
     fingerprint = scoring_fingerprint(full, head)
     decoder = full.base_model
     del full
+    if dtype == "nf4":
+        replace_linears(decoder, partial(nf4_linear, device=torch_device))
     network = YesNoCrossEncoder(
         cast_weights(decoder, torch_device, serving_dtype).eval().requires_grad_(False),
         head.to(torch_device),
@@ -199,7 +202,8 @@ def cast_weights(decoder: Any, device: torch.device, dtype: torch.dtype) -> Any:
     position 1,000 that alone doubles the error of half precision.
     """
     for parameter in decoder.parameters():
-        parameter.data = parameter.data.to(device, dtype)
+        if parameter.is_floating_point():  # what is quantised stays so
+            parameter.data = parameter.data.to(device, dtype)
     return decoder.to(device)
 
 
@@ -228,12 +232,17 @@ def _choose_device(device: str | None) -> torch.device:
 
 
 def _choose_dtype(dtype: str | None, device: torch.device, config: Any) -> tuple[torch.dtype, str]:
+    """Return the dtype of what is not quantised, and why."""
     if dtype == "int8":
         if device.type != "cpu":
             raise ModelLoadError(
                 f"dtype 'int8' runs on a CPU alone, got device '{device}'. Use 'bfloat16' there."
             )
         return torch.float32, ""
+    if dtype == "nf4":
+        computed, _ = _choose_dtype(None, device, config)
+        name = str(computed).removeprefix("torch.")
+        return computed, f"asked for; 4 bits a weight, computed in {name}"
     if dtype is not None:
         return DTYPES[dtype], "asked for"
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
@@ -275,7 +284,7 @@ def quantise(network: YesNoCrossEncoder, tokenizer: PromptTokenizer, backend: st
     plans = plan_packs(merged, Budget(_CPU_BATCH_TOKENS))
     packs = [build_pack(merged, seats, backend=backend) for seats in plans]
     exact = np.concatenate([network.score(pack) for pack in packs])
-    quantise_layers(network.decoder)
+    replace_linears(network.decoder, Int8Linear)
     rounded = np.concatenate([network.score(pack) for pack in packs])
     error = float(np.sqrt(np.mean((rounded - exact) ** 2)))
     return (

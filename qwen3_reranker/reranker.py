@@ -45,10 +45,12 @@ class Reranker(BaseReranker):
     Args:
         model: Hub name, local folder, path of a GGUF file, or "embedded" (see `embedded`). Causal
             checkpoints and one-label sequence-classification conversions load alike.
-        dtype: "float32", "bfloat16", "float16", "int8" or a torch dtype. None takes the
+        dtype: "float32", "bfloat16", "float16", "int8", "nf4" or a torch dtype. None takes the
             checkpoint's own on CUDA; on CPU float32, unless the checkpoint is bfloat16 and the CPU
             multiplies that faster. With "int8", for CPUs alone, layers multiply in 8 bits: about
-            twice as fast, for scores that are off by what `doctor` says.
+            twice as fast, for scores that are off by what `doctor` says. With "nf4", which needs
+            the extra `quantization`, layers are kept in 4 bits a weight: a quarter of bfloat16's
+            memory and no faster, with scores off likewise.
         device: A torch device, None for CUDA where available, else CPU.
         template: Prompt template or its id. None takes the adapter's recorded one, else what the
             tokenizer can express.

@@ -16,10 +16,10 @@ TORCH_FILES = {
     "attention.py",
     "checkpoint.py",
     "doctor.py",
-    "int8.py",
     "layers.py",
     "loading.py",
     "model.py",
+    "quantised.py",
     "varlen.py",
 }
 FIRST_PARTY = {"finetune", "langchain_qwen3_reranker", "llama_index", "tests", "benchmarks"}

@@ -177,9 +177,12 @@ def test_bad_calls_are_refused_at_once() -> None:
         ({"max_batch_tokens": "9"}, "max_batch_tokens must be an integer of at least 1, got '9'"),
         (
             {"dtype": "int4"},
-            "dtype must be one of float32, bfloat16, float16, int8 or None, got 'int4'",
+            "dtype must be one of float32, bfloat16, float16, int8, nf4 or None, got 'int4'",
         ),
-        ({"dtype": 16}, "dtype must be one of float32, bfloat16, float16, int8 or None, got 16"),
+        (
+            {"dtype": 16},
+            "dtype must be one of float32, bfloat16, float16, int8, nf4 or None, got 16",
+        ),
         ({"adapter": ""}, "adapter is blank"),
         ({"adapter": 3}, "adapter must be a Hub name or a path, got int"),
         ({"template": "none"}, "template must be one of qwen3-reranker, published-eval, chatml"),

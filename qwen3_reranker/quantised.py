@@ -1,15 +1,19 @@
-"""Linear layers in 8 bits, for CPUs that multiply such integers several times faster than floats.
+"""Linear layers in 8 bits, which a CPU multiplies faster, and in 4, of which more fit a GPU.
 
-Weights are rounded once, with a scale per output; activations as they come, with a scale per token
-(vector-wise quantisation, Dettmers et al. 2022, without outliers kept apart). Only the layers'
-matrices: norms, attention and the yes/no row stay in float32. Knows nothing of packs or scores.
+In 8 bits weights are rounded once, with a scale per output; activations as they come, with a scale
+per token (vector-wise quantisation, Dettmers et al. 2022, without outliers kept apart). 4 bits are
+bitsandbytes' NormalFloat (Dettmers et al. 2023): weights only, and no faster. Only the layers'
+matrices: norms, attention and the yes/no row stay what they are. Knows nothing of packs or scores.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from .errors import MissingExtraError
 
 _LARGEST = 127
 _TINY = 1e-12
@@ -51,10 +55,32 @@ class Int8Linear(torch.nn.Module):
         return output.view(*inputs.shape[:-1], -1)
 
 
-def quantise_layers(decoder: Any) -> None:
+def nf4_linear(linear: Any, device: torch.device) -> torch.nn.Module:
+    """Return a linear layer on the device, its weights in 4 bits; it computes in its input's dtype.
+
+    Raises:
+        MissingExtraError: If bitsandbytes is not installed.
+    """
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise MissingExtraError.of("dtype 'nf4'", "bitsandbytes", "quantization") from error
+    nn: Any = bitsandbytes.nn
+    small = nn.Linear4bit(linear.in_features, linear.out_features, bias=False, device="meta")
+    small.weight = nn.Params4bit(
+        linear.weight.detach(), requires_grad=False, quant_type="nf4", module=small
+    )
+    small.bias = linear.bias
+    # On a CPU it would repack weights for a kernel that has to be installed by itself.
+    small.support_avx512bf16_for_cpu = False
+    rounded: torch.nn.Module = small.to(device)
+    return rounded
+
+
+def replace_linears(decoder: Any, make: Callable[[Any], torch.nn.Module]) -> None:
     """Replace the linear layers of every decoder layer, one at a time, in place."""
     for layer in decoder.layers:
         for module in list(layer.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, torch.nn.Linear):
-                    setattr(module, name, Int8Linear(child))
+                    setattr(module, name, make(child))
