@@ -4,7 +4,7 @@
 
 DATA_FOLDER holds candidate lists as `NAME.eval.jsonl.xz`, best first as a first stage found them.
 Decides which lists of a set are looked at, drawn once by --seed, and how many of their candidates;
-what lies deeper counts as missing. Each set goes through the core once: scores are kept in
+what lies deeper counts as missing. Each list goes through the core once: scores are kept in
 --output_dir, so that an interrupted run goes on. Equal scores count as the worst order.
 """
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from .fitting import (
 from .metrics import ScoredSet
 from .output import write_json
 from .report import AFTER, BEFORE
-from .served import Served, next_step, read_lists, score_lists
+from .served import Served, next_step, read_lists, score_each, score_list
 
 
 def read_judged(paths: Sequence[str], relevant_from: int) -> list[CandidateList]:
@@ -92,7 +93,8 @@ def main(argv: Sequence[str]) -> int:
     refuse_few(lists)
     served = Served.of(arguments)
     with Reranker(**asdict(served)) as reranker:
-        scored = ScoredSet("calibration", lists, score_lists(reranker, {"": lists})[""])
+        rows = score_each({"": lists}, partial(score_list, reranker))[""]
+        scored = ScoredSet("calibration", lists, rows)
         loaded = reranker.loaded
     found = fit(scored)
     thresholds = curve(calibrated(scored, found))

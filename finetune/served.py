@@ -98,31 +98,44 @@ def _judged(path: str) -> list[CandidateList]:
 def saved_scores(served: Served, lists: Lists, output: Path) -> Scores:
     """Return the scores of a model, computed once per weights, settings and lists.
 
-    They are kept in the folder `output`, which must exist.
+    They are kept in the folder `output`, which must exist, list by list, so that what is
+    interrupted goes on where it was.
     """
     texts = [
         [(each.instruction, each.query, each.texts) for each in rows] for rows in lists.values()
     ]
     key = (served.identity, list(lists), texts)
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    file = output / f"scores-{digest}.json"
-    if file.is_file():
-        print(f"Scores of {served.adapter or served.model} reused: {file}")
-        found: Scores = json.loads(file.read_text(encoding="utf-8"))
-        return found
-    with Reranker(**asdict(served)) as reranker:
-        scores = score_lists(reranker, lists)
-    write_whole(file, json.dumps(scores))
-    return scores
+    path = output / f"scores-{digest}.jsonl"
+    kept = _whole_rows(path)
+    if kept:
+        print(f"Scores of {served.adapter or served.model} reused, {len(kept)} lists: {path}")
+    rows = iter(kept)
+    with Reranker(**asdict(served)) as reranker, path.open("a", encoding="utf-8") as file:
+
+        def score(each: CandidateList) -> list[float]:
+            row = next(rows, None)
+            if row is None:
+                row = score_list(reranker, each)
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+            return row
+
+        return score_each(lists, score)
 
 
-def score_lists(reranker: Reranker, lists: Lists) -> Scores:
-    """Return the log-odds of every candidate as the core serves them."""
+def _whole_rows(path: Path) -> list[list[float]]:
+    """Return the scores of each list in a file, and cut off the half line of an interruption."""
+    content = path.read_bytes() if path.exists() else b""
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        write_whole(path, whole.decode())
+    return [json.loads(line) for line in whole.splitlines()]
 
-    def score(each: CandidateList) -> list[float]:
-        return in_order(reranker.rank(each.query, each.texts, instruction=each.instruction))
 
-    return score_each(lists, score)
+def score_list(reranker: Reranker, each: CandidateList) -> list[float]:
+    """Return the log-odds of a list's candidates as the core serves them."""
+    return in_order(reranker.rank(each.query, each.texts, instruction=each.instruction))
 
 
 def score_each(
