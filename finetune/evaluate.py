@@ -23,7 +23,7 @@ from qwen3_reranker.loading import attention_budget
 from qwen3_reranker.packing import Budget
 
 from . import benchmark
-from .metrics import ScoredSet, alarms, calibration, compare, heuristics, measure, spread
+from .metrics import ScoredSet, alarms, compare, heuristics, measure, reliability, spread
 from .output import hash_file
 from .report import Report, SetReport, summary_lines, write_report
 from .served import Lists, Scores, Served, next_step, read_lists, saved_scores, score_each
@@ -151,8 +151,8 @@ def _compare_set(
         num_queries=len(before.lists),
         metrics={metric: compare(was[metric], now[metric]) for metric in was},
         heuristics=unread,
-        calibration_before=calibration(before, relevant_from=relevant_from),
-        calibration_after=calibration(after, relevant_from=relevant_from),
+        reliability_before=reliability(before, relevant_from=relevant_from),
+        reliability_after=reliability(after, relevant_from=relevant_from),
         alarms=alarms(spread(after, relevant_from=relevant_from)),
         per_query=list(zip(ids, was["nDCG@10"], now["nDCG@10"], strict=True)),
     )
@@ -178,7 +178,7 @@ def main(argv: Sequence[str]) -> int:
     relevant_from = 1 if arguments.relevant_from is None else arguments.relevant_from
     sets = compare_sets(lists, before, after, guards, relevant_from=relevant_from)
     if tuned.adapter is None:  # ranks are no log-odds
-        sets = [replace(each, calibration_before=None) for each in sets]
+        sets = [replace(each, reliability_before=None) for each in sets]
     if arguments.instruction_check:
         sets = [
             replace(each, instruction=_instruction_check(tuned, each, lists, output))

@@ -51,7 +51,7 @@ class Quality:
     """
 
     log_loss: float
-    reliability: metrics.Calibration
+    reliability: metrics.Reliability
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +160,7 @@ def quality(scored: ScoredSet) -> Quality:
     """Return log-loss and reliability of P = sigmoid(log-odds)."""
     pairs = _pairs(scored)
     losses = _losses(pairs.log_odds, pairs.is_relevant)
-    return Quality(float(losses.mean()), metrics.calibration(scored))
+    return Quality(float(losses.mean()), metrics.reliability(scored))
 
 
 def calibrated(scored: ScoredSet, by: Fit | Calibration) -> ScoredSet:

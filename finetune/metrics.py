@@ -91,7 +91,7 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True)
-class CalibrationBin:
+class ReliabilityBin:
     """Documents whose P(yes) is in [low, high); the last bin holds 1.0 too.
 
     Attributes:
@@ -109,7 +109,7 @@ class CalibrationBin:
 
 
 @dataclass(frozen=True, slots=True)
-class Calibration:
+class Reliability:
     """Whether P(yes) is the share of relevant documents.
 
     Attributes:
@@ -118,7 +118,7 @@ class Calibration:
     """
 
     ece: float
-    bins: list[CalibrationBin]
+    bins: list[ReliabilityBin]
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +228,7 @@ def compare(
     )
 
 
-def calibration(scored: ScoredSet, bins: int = 10, relevant_from: int = 1) -> Calibration:
+def reliability(scored: ScoredSet, bins: int = 10, relevant_from: int = 1) -> Reliability:
     """Compare P(yes) with the share of relevant documents, in bins of equal width.
 
     Expected calibration error of Guo et al. 2017 (arXiv 1706.04599), over retrieved documents.
@@ -238,7 +238,7 @@ def calibration(scored: ScoredSet, bins: int = 10, relevant_from: int = 1) -> Ca
     p_yes, is_relevant = _documents(scored, relevant_from)
     place = np.minimum((p_yes * bins).astype(np.int64), bins - 1)
     filled = [
-        CalibrationBin(
+        ReliabilityBin(
             low=i / bins,
             high=(i + 1) / bins,
             count=int((place == i).sum()),
@@ -248,7 +248,7 @@ def calibration(scored: ScoredSet, bins: int = 10, relevant_from: int = 1) -> Ca
         for i in np.unique(place).tolist()
     ]
     gaps = (each.count * abs(each.mean_p_yes - each.observed) for each in filled)
-    return Calibration(ece=math.fsum(gaps) / len(p_yes), bins=filled)
+    return Reliability(ece=math.fsum(gaps) / len(p_yes), bins=filled)
 
 
 def spread(scored: ScoredSet, *, relevant_from: int = 1) -> Spread:

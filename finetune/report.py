@@ -22,7 +22,7 @@ import numpy as np
 from qwen3_reranker.errors import MissingExtraError
 from qwen3_reranker.terminal import WIDTH, fit
 
-from .metrics import METRICS, Calibration, Comparison
+from .metrics import METRICS, Comparison, Reliability
 from .output import write_json
 
 _MAIN = METRICS[0]
@@ -68,7 +68,7 @@ class SetReport:
         num_queries: Queries.
         metrics: By name of the metric, nDCG@10 among them.
         heuristics: nDCG@10 of rankers that read nothing.
-        calibration_before, calibration_after: Of both models; None before, if there was none.
+        reliability_before, reliability_after: Of both models; None before, if there was none.
         alarms: What is wrong, in plain words.
         per_query: (query id, nDCG@10 before, nDCG@10 after) of every query.
         instruction: nDCG@10 by instruction given: "right", "default", "wrong".
@@ -79,8 +79,8 @@ class SetReport:
     num_queries: int
     metrics: dict[str, Comparison]
     heuristics: dict[str, float]
-    calibration_before: Calibration | None
-    calibration_after: Calibration
+    reliability_before: Reliability | None
+    reliability_after: Reliability
     alarms: list[str]
     per_query: list[tuple[str, float, float]]
     instruction: dict[str, float] | None = None
@@ -306,9 +306,9 @@ def _differences(each: SetReport) -> str:
 
 
 def _reliability(each: SetReport) -> str:
-    sides = [("after", each.calibration_after)]
-    if each.calibration_before is not None:
-        sides.append(("before", each.calibration_before))
+    sides = [("after", each.reliability_after)]
+    if each.reliability_before is not None:
+        sides.append(("before", each.reliability_before))
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()

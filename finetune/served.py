@@ -18,7 +18,8 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from qwen3_reranker import Reranker, checkpoint
-from qwen3_reranker.candidates import CandidateList, read_candidates
+from qwen3_reranker.candidates import CandidateList
+from qwen3_reranker.collection import read_candidates
 from qwen3_reranker.errors import DataError
 from qwen3_reranker.inputs import DTYPES
 from qwen3_reranker.results import in_order

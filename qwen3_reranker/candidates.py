@@ -1,6 +1,6 @@
 """Candidate lists of a first stage, and how well an order of them is.
 
-Decides what a file of them means and how nDCG@10 is counted. Knows nothing of models.
+Decides what a row of a file means and how nDCG@10 is counted. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -64,22 +64,16 @@ class CandidateList:
         )
 
 
-def read_candidates(path: str) -> list[CandidateList]:
-    """Read `{"query", "candidates": [{"text", "id"?, "label"?}], ...}` rows, or a run.
+def read_candidate_rows(path: str) -> list[CandidateList]:
+    """Read `{"query", "candidates": [{"text", "id"?, "label"?}], ...}` rows.
 
     Optional keys of a row: `query_id`, `instruction`, `missing_labels`. Labels are for all
     candidates of a row or for none.
 
-    Args:
-        path: A file of such rows; or a TREC run ending in .trec or .run, or a BEIR folder with one
-            in it (see `collection`).
-
     Raises:
         DataError: With every fault of the file, by line.
     """
-    from .collection import is_collection, read_collection  # it imports this module
-
-    return read_collection(path) if is_collection(path) else parse_rows(path, _parse)
+    return parse_rows(path, _parse)
 
 
 def ndcg_at_10(

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import __version__, inputs
-from .candidates import CandidateList, read_candidates
+from .candidates import CandidateList
+from .collection import read_candidates
 from .documents import read_documents
 from .embedded import EMBEDDED
 from .errors import InputError, MissingExtraError, Qwen3RerankerError

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .candidates import CandidateList
+from .candidates import CandidateList, read_candidate_rows
 from .documents import parse_document
 from .errors import DataError
 from .jsonl import faults_error, parse_rows, read_lines
@@ -61,6 +61,19 @@ class _Found:
     qrels: list[str]
 
 
+def read_candidates(path: str) -> list[CandidateList]:
+    """Read candidate lists of any kind.
+
+    Args:
+        path: A file as of `read_candidate_rows`; or a TREC run ending in .trec or .run, or a BEIR
+            folder with one in it.
+
+    Raises:
+        DataError: If a file is missing, or with every fault of every file, by line.
+    """
+    return _read_collection(path) if is_collection(path) else read_candidate_rows(path)
+
+
 def is_collection(path: str) -> bool:
     """Return whether a path leads to a run, or to a folder that should hold one."""
     return _plain(path).endswith(_RUN_ENDINGS) or Path(path).is_dir()
@@ -78,17 +91,11 @@ def files_of(path: str) -> list[str]:
     return [found.run, found.corpus, found.queries, *found.qrels]
 
 
-def read_collection(path: str) -> list[CandidateList]:
-    """Read a run with what lies in its folder.
+def _read_collection(path: str) -> list[CandidateList]:
+    """Read a run, or the only one of a folder, with what lies beside it.
 
     Of several splits of qrels the one counts that judges queries of the run; if more do,
     `qrels/test.tsv`, as in BEIR's own reader.
-
-    Args:
-        path: The run, or its folder if there is no other run in it.
-
-    Raises:
-        DataError: If a file is missing, or with every fault of every file, by line.
     """
     found = _find(path)
     qrels = found.qrels[0] if found.qrels else None

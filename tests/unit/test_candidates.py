@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from qwen3_reranker import DataError
-from qwen3_reranker.candidates import CandidateList, ndcg_at_10, read_candidates
+from qwen3_reranker.candidates import CandidateList, ndcg_at_10, read_candidate_rows
 
 
 def write(tmp_path: Path, *rows: dict[str, Any]) -> str:
@@ -21,7 +21,7 @@ def with_candidates(*candidates: Any, **others: Any) -> dict[str, Any]:
     return {"query": "q", "candidates": list(candidates), **others}
 
 
-def test_read_candidates_takes_every_key(tmp_path: Path) -> None:
+def test_read_rows_takes_every_key(tmp_path: Path) -> None:
     row = {
         "query_id": 7,
         "query": "apples",
@@ -29,26 +29,26 @@ def test_read_candidates_takes_every_key(tmp_path: Path) -> None:
         "candidates": [{"text": "red", "id": "d1", "label": 2}, {"text": "", "id": 2, "label": 0}],
         "missing_labels": [1, 3],
     }
-    assert read_candidates(write(tmp_path, row)) == [
+    assert read_candidate_rows(write(tmp_path, row)) == [
         CandidateList("7", "apples", "Find fruit", ["d1", "2"], ["red", ""], [2, 0], [1, 3])
     ]
 
 
-def test_read_candidates_names_queries_by_line_and_documents_by_position(tmp_path: Path) -> None:
+def test_read_rows_names_queries_by_line_and_documents_by_position(tmp_path: Path) -> None:
     bare = with_candidates({"text": "a"}, {"text": "b"})
-    first, second = read_candidates(write(tmp_path, bare, bare))
+    first, second = read_candidate_rows(write(tmp_path, bare, bare))
     assert first == CandidateList("1", "q", None, ["0", "1"], ["a", "b"], None, [])
     assert second.query_id == "2"
 
 
-def test_read_candidates_accepts_a_query_without_candidates(tmp_path: Path) -> None:
-    (candidates,) = read_candidates(write(tmp_path, with_candidates(missing_labels=[1])))
+def test_read_rows_accepts_a_query_without_candidates(tmp_path: Path) -> None:
+    (candidates,) = read_candidate_rows(write(tmp_path, with_candidates(missing_labels=[1])))
     assert (candidates.texts, candidates.labels) == ([], None)
 
 
-def test_read_candidates_null_labels_are_no_labels(tmp_path: Path) -> None:
+def test_read_rows_null_labels_are_no_labels(tmp_path: Path) -> None:
     row = with_candidates({"text": "a", "label": None}, {"text": "b"})
-    assert read_candidates(write(tmp_path, row))[0].labels is None
+    assert read_candidate_rows(write(tmp_path, row))[0].labels is None
 
 
 @pytest.mark.parametrize(
@@ -74,24 +74,22 @@ def test_read_candidates_null_labels_are_no_labels(tmp_path: Path) -> None:
         (with_candidates(missing_labels=[True]), "'missing_labels' must be a list"),
     ],
 )
-def test_read_candidates_names_line_and_fault(
-    tmp_path: Path, row: dict[str, Any], fragment: str
-) -> None:
+def test_read_rows_names_line_and_fault(tmp_path: Path, row: dict[str, Any], fragment: str) -> None:
     path = write(tmp_path, with_candidates({"text": "fine"}), row)
     with pytest.raises(DataError, match=re.escape("line 2: ") + ".*" + re.escape(fragment)):
-        read_candidates(path)
+        read_candidate_rows(path)
 
 
-def test_read_candidates_reports_all_faults_at_once(tmp_path: Path) -> None:
+def test_read_rows_reports_all_faults_at_once(tmp_path: Path) -> None:
     path = write(tmp_path, {}, with_candidates(), {"query": "q"})
     with pytest.raises(DataError, match=r"2 faults.*\n  line 1: 'query'.*\n  line 3: 'candidates'"):
-        read_candidates(path)
+        read_candidate_rows(path)
 
 
-def test_read_candidates_faults_never_quote_texts(tmp_path: Path) -> None:
+def test_read_rows_faults_never_quote_texts(tmp_path: Path) -> None:
     row = {"query": "CANARY", "candidates": [{"text": "CANARY", "label": "CANARY"}]}
     with pytest.raises(DataError, match="1 fault") as caught:
-        read_candidates(write(tmp_path, row))
+        read_candidate_rows(write(tmp_path, row))
     assert "CANARY" not in str(caught.value)
 
 

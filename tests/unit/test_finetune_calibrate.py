@@ -360,4 +360,4 @@ def test_calibration_is_written_beside_the_adapter(
 
 def test_ece_is_the_one_of_the_reports() -> None:
     some = overconfident(50)
-    assert quality(some).reliability == metrics.calibration(some)
+    assert quality(some).reliability == metrics.reliability(some)

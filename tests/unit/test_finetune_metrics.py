@@ -18,10 +18,10 @@ from finetune.metrics import (
     ScoredSet,
     Spread,
     alarms,
-    calibration,
     compare,
     heuristics,
     measure,
+    reliability,
     spread,
 )
 from qwen3_reranker import InputError
@@ -167,14 +167,14 @@ def test_scored_set_errors_never_quote_texts() -> None:
     assert "CANARY" not in str(caught.value)
 
 
-def test_measure_and_calibration_refuse_parameters_below_1() -> None:
+def test_measure_and_reliability_refuse_parameters_below_1() -> None:
     one = scored(([1], [1.0]))
     with pytest.raises(InputError, match="relevant_from must be at least 1, got 0"):
         measure(one, relevant_from=0)
     with pytest.raises(InputError, match="relevant_from must be at least 1"):
-        calibration(one, relevant_from=0)
+        reliability(one, relevant_from=0)
     with pytest.raises(InputError, match="bins must be at least 1, got 0"):
-        calibration(one, bins=0)
+        reliability(one, bins=0)
 
 
 def test_heuristics_order_by_place_and_length() -> None:
@@ -260,8 +260,8 @@ def logit(p: float) -> float:
     return math.log(p / (1 - p))
 
 
-def test_calibration_equals_hand_computed_bins() -> None:
-    found = calibration(scored(([0, 1, 1, 0], [logit(p) for p in (0.12, 0.14, 0.95, 0.75)])))
+def test_reliability_equals_hand_computed_bins() -> None:
+    found = reliability(scored(([0, 1, 1, 0], [logit(p) for p in (0.12, 0.14, 0.95, 0.75)])))
     assert [(each.low, each.high, each.count) for each in found.bins] == [
         (0.1, 0.2, 2),
         (0.7, 0.8, 1),
@@ -272,24 +272,24 @@ def test_calibration_equals_hand_computed_bins() -> None:
     assert found.ece == pytest.approx((2 * 0.37 + 0.75 + 0.05) / 4)
 
 
-def test_calibration_takes_the_extremes() -> None:
-    found = calibration(scored(([0, 1, 1], [-2000.0, 2000.0, 40.0])))
+def test_reliability_takes_the_extremes() -> None:
+    found = reliability(scored(([0, 1, 1], [-2000.0, 2000.0, 40.0])))
     assert found.ece == 0.0
     assert [(each.low, each.high) for each in found.bins] == [(0.0, 0.1), (0.9, 1.0)]
     assert sum(each.count for each in found.bins) == 3
 
 
-def test_calibration_of_a_calibrated_scorer_is_small_and_of_a_sharpened_one_is_not() -> None:
+def test_reliability_of_a_calibrated_scorer_is_small_and_of_a_sharpened_one_is_not() -> None:
     rng = random.Random(3)
     p = [rng.random() for _ in range(5000)]
     labels = [int(rng.random() < each) for each in p]
     calm, sharp = ([factor * logit(each) for each in p] for factor in (1, 8))
-    assert calibration(scored((labels, calm))).ece < 0.03
-    assert calibration(scored((labels, sharp))).ece > 0.15
+    assert reliability(scored((labels, calm))).ece < 0.03
+    assert reliability(scored((labels, sharp))).ece > 0.15
 
 
-def test_calibration_relevant_from_counts() -> None:
-    assert calibration(scored(([1], [0.0])), relevant_from=2).bins[0].observed == 0.0
+def test_reliability_relevant_from_counts() -> None:
+    assert reliability(scored(([1], [0.0])), relevant_from=2).bins[0].observed == 0.0
 
 
 def test_spread_equals_hand_computed_shares() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from finetune.metrics import Calibration, CalibrationBin, Comparison
+from finetune.metrics import Comparison, Reliability, ReliabilityBin
 from finetune.report import Report, SetReport, concerns, summary_lines, write_report
 from qwen3_reranker import MissingExtraError
 
@@ -22,8 +22,8 @@ HOSTILE = """<script>alert("x")</script>'"><img src=https://evil.example/x>&amp;
 BETTER = Comparison(0.5123456789012345, 0.6, 0.0876543210987655, 0.05, 0.12, 0.0001, 20, 8, 2)
 WORSE = Comparison(0.6, 0.5, -0.1, -0.15, -0.05, 0.0002, 2, 8, 20)
 UNCLEAR = Comparison(0.6, 0.61, 0.01, -0.02, 0.04, 0.4, 11, 8, 11)
-CALIBRATION = Calibration(
-    0.125, [CalibrationBin(0.0, 0.1, 90, 0.02, 0.1), CalibrationBin(0.9, 1.0, 10, 0.95, 0.8)]
+RELIABILITY = Reliability(
+    0.125, [ReliabilityBin(0.0, 0.1, 90, 0.02, 0.1), ReliabilityBin(0.9, 1.0, 10, 0.95, 0.8)]
 )
 HISTORY = [
     {"step": 10, "loss": 0.7, "learning_rate": 1e-4},
@@ -42,8 +42,8 @@ def a_set(name: str = "legal.eval", main: Comparison = BETTER, **changes: Any) -
         num_queries=30,
         metrics={"nDCG@10": main, "MRR@10": main},
         heuristics={"given order": 0.42, "shortest first": 0.2, "longest first": 0.1},
-        calibration_before=CALIBRATION,
-        calibration_after=CALIBRATION,
+        reliability_before=RELIABILITY,
+        reliability_after=RELIABILITY,
         alarms=[],
         per_query=queries,
     )

@@ -74,7 +74,7 @@ def test_real_texts_equal_the_official_recipe(split: str) -> None:
     folder = real_parts.shared_data()
     if folder is None:
         pytest.skip("needs the reranking sets in ../shared/data")
-    from qwen3_reranker.candidates import read_candidates
+    from qwen3_reranker.collection import read_candidates
 
     files = sorted(folder.glob(f"*.{split}.jsonl.xz"))
     assert files
