@@ -9,9 +9,10 @@ PIP := $(BIN)/pip --disable-pip-version-check
 demo: .venv/demo
 	$(BIN)/qwen3-reranker demo
 
-# Fast tests: `make check` runs the rest.
+# Fast tests, two at a time, a thread of torch's each: `make check` runs the rest, and all with as
+# many threads as torch takes by itself.
 test: .venv/test
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 check: .venv/test
 	$(BIN)/ruff check .
@@ -31,7 +32,7 @@ oldest: .venv/oldest
 
 # The fast tests with the newest of everything that pyproject.toml admits, but for torch.
 newest: .venv/newest
-	.venv/newest/bin/python -m pytest -q
+	OMP_NUM_THREADS=1 .venv/newest/bin/python -m pytest -q -n 2 --dist worksteal
 
 # Other people's rerank clients on our server, our client and exports on llama.cpp, requests drawn
 # at random.
