@@ -62,7 +62,7 @@ coverage: .venv/test
 	$(BIN)/coverage run --branch --data-file=.venv/coverage \
 		--include="$(shell echo $(COVERED:%=qwen3_reranker/%.py) | tr ' ' ,)" \
 		-m pytest -q tests/unit/test_prompt.py tests/unit/test_tokenization.py \
-		tests/unit/test_packing.py tests/unit/test_reranker.py \
+		tests/unit/test_packing.py tests/unit/test_reranker.py tests/unit/test_waiting.py \
 		tests/unit/test_engine.py tests/unit/test_faults.py tests/unit/test_closing.py
 	$(BIN)/coverage report --data-file=.venv/coverage --show-missing --fail-under=100
 

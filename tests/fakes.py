@@ -23,11 +23,21 @@ from qwen3_reranker.runtime import Runtime
 from qwen3_reranker.tokenization import PromptTokenizer
 from tests import real_parts
 
+QUERY = "red apple"
+# Words shared with the query: 0, 2, 1, 0, 1.
+FRUIT = ["green pear", "red apple", "red pear", "blue plum", "green apple"]
+
 
 @cache
 def qwen3_tokenizer() -> PromptTokenizer:
     """Return the real Qwen3 tokenizer, built once per process."""
     return PromptTokenizer(real_parts.qwen3_tokenizer_file().read_text(encoding="utf-8"))
+
+
+def head_ids(instruction: str | None, query: str) -> list[int]:
+    """Return the ids that stand before every document."""
+    group = qwen3_tokenizer().encode_group(instruction, query, [], max_length=8192)
+    return [int(id) for id in group.head]
 
 
 class FakeNetwork:

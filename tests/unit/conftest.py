@@ -1,4 +1,4 @@
-"""Fixtures of the engine's tests."""
+"""Fixtures of unit tests: a fake model in the place of a checkpoint, and engines."""
 
 from __future__ import annotations
 
@@ -8,10 +8,25 @@ from typing import Any
 
 import pytest
 
+from qwen3_reranker import Reranker
 from qwen3_reranker.engine import Engine
 from qwen3_reranker.packing import Budget
 from qwen3_reranker.request import Scores
+from tests import fakes
 from tests.engines import TIMEOUT_S, Gate, Score, group
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> Iterator[fakes.FakeModel]:
+    """Return a fake network that `Reranker` loads whatever its settings."""
+    model = fakes.FakeModel()
+    with fakes.loaded(monkeypatch, model):
+        yield model
+
+
+@pytest.fixture
+def reranker(model: fakes.FakeModel) -> Reranker:
+    return Reranker("model")
 
 
 @pytest.fixture

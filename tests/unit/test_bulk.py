@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,13 +15,6 @@ BATCH: dict[str, list[Any]] = {
     "document": ["green pear", "tea", "red apple", "rain", "red pear"],
     "instruction": [None, None, None, None, "Find fruit"],
 }
-
-
-@pytest.fixture
-def model(monkeypatch: pytest.MonkeyPatch) -> Iterator[fakes.FakeModel]:
-    model = fakes.FakeModel()
-    with fakes.loaded(monkeypatch, model):
-        yield model
 
 
 @pytest.mark.usefixtures("model")

@@ -4,7 +4,6 @@ import copy
 import json
 import math
 import pickle
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,20 +16,12 @@ from qwen3_reranker import Calibration, InputError, ModelLoadError, Reranker
 from qwen3_reranker.cli import main
 from qwen3_reranker.results import probability
 from tests import fakes
+from tests.fakes import FRUIT, QUERY
 from tests.invariants import check_ranking
 
-QUERY = "red apple"
-FRUIT = ["green pear", "red apple", "red pear", "blue plum", "green apple"]
 ORDER = [1, 2, 4, 0, 3]
 COOL = Calibration(temperature=4.0, bias=-1.0)
 finite = st.floats(-1e6, 1e6)
-
-
-@pytest.fixture
-def model(monkeypatch: pytest.MonkeyPatch) -> Iterator[fakes.FakeModel]:
-    model = fakes.FakeModel()
-    with fakes.loaded(monkeypatch, model):
-        yield model
 
 
 def record(**changes: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 import lzma
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,6 @@ class Terminal(io.TextIOWrapper):
 @pytest.fixture(autouse=True)
 def _terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", Terminal(io.BytesIO()))
-
-
-@pytest.fixture
-def model(monkeypatch: pytest.MonkeyPatch) -> Iterator[fakes.FakeModel]:
-    model = fakes.FakeModel()
-    with fakes.loaded(monkeypatch, model):
-        yield model
 
 
 def write(tmp_path: Path, name: str, content: str) -> str:

@@ -7,7 +7,7 @@ import math
 import random
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -190,13 +190,6 @@ def test_interval_covers_the_truth_where_pairs_of_a_query_are_alike() -> None:
 
 
 WORDS = ["red", "apple", "green", "pear", "blue", "plum"]
-
-
-@pytest.fixture
-def model(monkeypatch: pytest.MonkeyPatch) -> Iterator[fakes.FakeModel]:
-    model = fakes.FakeModel()
-    with fakes.loaded(monkeypatch, model):
-        yield model
 
 
 def judged(num_queries: int = 60, seed: int = 0) -> list[dict[str, Any]]:

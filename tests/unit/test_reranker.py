@@ -2,18 +2,12 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import gc
 import io
 import logging
 import math
-import pickle
 import sys
-import threading
-import time
 import tracemalloc
-import weakref
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,41 +18,25 @@ from numpy.typing import NDArray
 from qwen3_reranker import (
     ClosedError,
     InputError,
-    ModelLoadError,
     RankedDocument,
     Reranker,
     Scorer,
-    TimedOutError,
     Usage,
 )
-from qwen3_reranker.engine import Engine
 from qwen3_reranker.packing import Budget, Pack
-from qwen3_reranker.request import Scores, ScoresFuture
 from tests import fakes
+from tests.fakes import FRUIT, QUERY, head_ids
 from tests.invariants import check_ranking
 
-QUERY = "red apple"
-# Words shared with the query: 0, 2, 1, 0, 1.
-FRUIT = ["green pear", "red apple", "red pear", "blue plum", "green apple"]
 ORDER = [1, 2, 4, 0, 3]
 HIGH, LOW = "\ud83d", "\ude00"  # halves of one emoji
 
 
-@pytest.fixture
-def model(monkeypatch: pytest.MonkeyPatch) -> Iterator[fakes.FakeModel]:
-    model = fakes.FakeModel()
-    with fakes.loaded(monkeypatch, model):
-        yield model
+@dataclass
+class Network:
+    """A network of one function."""
 
-
-@pytest.fixture
-def reranker(model: fakes.FakeModel) -> Reranker:
-    return Reranker("model")
-
-
-def owners() -> set[threading.Thread]:
-    """Return the threads of engines."""
-    return {thread for thread in threading.enumerate() if thread.name == "qwen3-reranker"}
+    score: Callable[[Pack], NDArray[np.float32]]
 
 
 def sigmoid(log_odds: float) -> float:
@@ -69,11 +47,6 @@ def num_tokens(query: str, documents: list[str]) -> int:
     """Return the tokens of one head and of every document given."""
     group = fakes.qwen3_tokenizer().encode_group(None, query, documents, max_length=8192)
     return len(group.head) + sum(map(len, group.documents))
-
-
-def head_ids(instruction: str | None, query: str) -> list[int]:
-    group = fakes.qwen3_tokenizer().encode_group(instruction, query, [], max_length=8192)
-    return [int(id) for id in group.head]
 
 
 def indices(ranking: list[RankedDocument]) -> list[int]:
@@ -289,136 +262,6 @@ def test_instruction_of_call_precedes_rerankers_precedes_templates(
     assert model.network.heads == [head_ids(used, QUERY)] * 6
 
 
-async def test_arank_returns_what_rank_returns(reranker: Reranker) -> None:
-    ranking = await reranker.arank(QUERY, FRUIT, top_n=4, score_threshold=0.2)
-    check_ranking(ranking, FRUIT, top_n=4, score_threshold=0.2)
-    assert ranking == reranker.rank(QUERY, FRUIT, top_n=4, score_threshold=0.2)
-
-
-async def test_ascore_returns_what_score_returns(reranker: Reranker) -> None:
-    assert await reranker.ascore(QUERY, FRUIT) == reranker.score(QUERY, FRUIT)
-    pairs = [(QUERY, FRUIT[0]), ("other", FRUIT[1])]
-    assert await reranker.ascore_pairs(pairs) == reranker.score_pairs(pairs)
-
-
-async def test_arank_many_tasks_each_get_their_own(reranker: Reranker) -> None:
-    lists = [[*FRUIT[i % 5 :], f"red {i}"] for i in range(64)]
-    rankings = await asyncio.gather(*(reranker.arank(QUERY, documents) for documents in lists))
-    for documents, ranking in zip(lists, rankings, strict=True):
-        check_ranking(ranking, documents)
-    assert rankings == [reranker.rank(QUERY, documents) for documents in lists]
-
-
-def test_rank_from_many_threads_each_gets_its_own(reranker: Reranker) -> None:
-    lists = [[*FRUIT[i % 5 :], f"red {i}"] for i in range(200)]
-    with ThreadPoolExecutor(16) as threads:
-        rankings = list(threads.map(lambda documents: reranker.rank(QUERY, documents), lists))
-    for documents, ranking in zip(lists, rankings, strict=True):
-        check_ranking(ranking, documents)
-    assert reranker.usage.documents == sum(map(len, lists))
-    assert rankings == [reranker.rank(QUERY, documents) for documents in lists]
-
-
-@dataclass
-class Network:
-    """A network of one function."""
-
-    score: Callable[[Pack], NDArray[np.float32]]
-
-
-class WaitingNetwork(fakes.FakeNetwork):
-    """Starts a forward and waits until it is let go."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.started, self.go = threading.Event(), threading.Event()
-
-    def score(self, pack: Any) -> Any:
-        self.started.set()
-        assert self.go.wait(10)
-        return super().score(pack)
-
-
-def count_submits(monkeypatch: pytest.MonkeyPatch, expected: int) -> threading.Event:
-    """Return an event that is set when so many requests have been queued from now on."""
-    queued, submit, futures = threading.Event(), Engine.submit, []
-
-    def counting(engine: Engine, *arguments: Any, **settings: Any) -> Any:
-        futures.append(submit(engine, *arguments, **settings))
-        if len(futures) == expected:
-            queued.set()
-        return futures[-1]
-
-    monkeypatch.setattr(Engine, "submit", counting)
-    return queued
-
-
-async def test_arank_cancelled_calls_are_never_scored(monkeypatch: pytest.MonkeyPatch) -> None:
-    network = WaitingNetwork()
-    with fakes.loaded(monkeypatch, fakes.FakeModel(network)):
-        reranker = Reranker("model")
-        in_flight = asyncio.create_task(reranker.arank(QUERY, FRUIT))
-        assert await asyncio.to_thread(network.started.wait, 10)
-        queued = count_submits(monkeypatch, 12)
-        tasks = [asyncio.create_task(reranker.arank(f"{i}", FRUIT)) for i in range(12)]
-        assert await asyncio.to_thread(queued.wait, 10)
-        for task in tasks[::2]:
-            task.cancel()
-        dropped = await asyncio.gather(*tasks[::2], return_exceptions=True)
-        network.go.set()
-        rankings = await asyncio.gather(in_flight, *tasks[1::2])
-    assert all(isinstance(result, asyncio.CancelledError) for result in dropped)
-    kept = [QUERY, *(f"{i}" for i in range(1, 12, 2))]
-    assert sorted(network.heads) == sorted(head_ids(None, query) for query in kept)
-    for ranking in rankings:
-        check_ranking(ranking, FRUIT)
-    assert reranker.usage.documents == 7 * len(FRUIT)
-
-
-async def test_arank_timeout_leaves_the_reranker_usable(monkeypatch: pytest.MonkeyPatch) -> None:
-    network = WaitingNetwork()
-    with fakes.loaded(monkeypatch, fakes.FakeModel(network)):
-        reranker = Reranker("model")
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(reranker.arank(QUERY, FRUIT), 0.05)
-        network.go.set()
-        check_ranking(await reranker.arank(QUERY, FRUIT), FRUIT)
-        assert reranker.usage.documents == len(FRUIT)
-
-
-class Slow(fakes.FakeNetwork):
-    """Takes its time."""
-
-    def score(self, pack: Pack) -> NDArray[np.float32]:
-        time.sleep(0.1)
-        return super().score(pack)
-
-
-async def test_call_that_takes_longer_than_its_timeout_is_told_and_dropped(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    model = fakes.FakeModel(network=Slow(), budget=Budget(120))
-    documents = [f"red pear {i}" for i in range(100)]
-    with fakes.loaded(monkeypatch, model):
-        reranker = Reranker("model")
-        started = time.monotonic()
-        with pytest.raises(TimedOutError, match="100 documents were not scored within timeout_s"):
-            reranker.rank(QUERY, documents, timeout_s=0.15)
-        with pytest.raises(TimeoutError, match="send fewer"):
-            await reranker.ascore(QUERY, documents, timeout_s=0.15)
-        assert time.monotonic() - started < 1.5
-        assert len(model.network.packs) < 10, "what was left was dropped"
-        assert reranker.score(QUERY, ["red pear"], timeout_s=60)
-        assert reranker.rank_many([QUERY], [["pear"]], timeout_s=60)
-        assert reranker.score_pairs([(QUERY, "pear")], timeout_s=60)
-
-
-@pytest.mark.parametrize("timeout_s", [0, -1, float("nan"), "5", True])
-def test_timeout_that_is_no_time_is_refused(reranker: Reranker, timeout_s: Any) -> None:
-    with pytest.raises(InputError, match="timeout_s must be a number of seconds above 0"):
-        reranker.rank(QUERY, FRUIT, timeout_s=timeout_s)
-
-
 def test_observers_of_the_weights_are_told_of_each_pack(reranker: Reranker) -> None:
     records: list[Any] = []
     reranker.observe(records.append)
@@ -426,16 +269,6 @@ def test_observers_of_the_weights_are_told_of_each_pack(reranker: Reranker) -> N
     reranker.score(QUERY, FRUIT[:1])  # the owner tells after it answers; by now the first is told
     assert records[0].documents == len(set(FRUIT))
     assert records[0].requests == 1
-
-
-async def test_arank_leaves_the_event_loop_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    network = WaitingNetwork()
-    with fakes.loaded(monkeypatch, fakes.FakeModel(network)):
-        task = asyncio.create_task(Reranker("model").arank(QUERY, FRUIT))
-        while not network.started.is_set():
-            await asyncio.sleep(0.001)
-        network.go.set()  # from the loop, which a blocking call would have stopped
-        check_ranking(await task, FRUIT)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, OSError, KeyboardInterrupt])
@@ -455,20 +288,6 @@ def test_rank_raises_what_the_network_raised_and_works_again(
             reranker.rank(QUERY, FRUIT)
         assert reranker.usage == Usage()
         check_ranking(reranker.rank(QUERY, FRUIT), FRUIT)
-
-
-def test_rank_interrupted_while_waiting_drops_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Interrupted(ScoresFuture):
-        def result(self, timeout: float | None = None) -> Scores:
-            raise KeyboardInterrupt
-
-    future = Interrupted()
-    with fakes.loaded(monkeypatch, fakes.FakeModel()) as engine:
-        monkeypatch.setattr(engine, "submit", lambda groups, **settings: future)
-        with pytest.raises(KeyboardInterrupt):
-            Reranker("model").rank(QUERY, FRUIT)
-    assert future.cancelled()
-    assert future.abandoned.is_set()
 
 
 @pytest.mark.parametrize(
@@ -634,167 +453,6 @@ def test_reranker_is_a_scorer() -> None:
     assert not isinstance(object(), Scorer)
 
 
-class Loads:
-    """Stands for `load_model`: makes a new fake model and remembers the settings."""
-
-    def __init__(self) -> None:
-        self.settings: list[dict[str, Any]] = []
-
-    def __call__(self, **settings: Any) -> fakes.FakeModel:
-        self.settings.append(settings)
-        return fakes.FakeModel()
-
-
-@pytest.fixture
-def loads(monkeypatch: pytest.MonkeyPatch) -> Loads:
-    loads = Loads()
-    fakes.replace_load_model(monkeypatch, loads)
-    return loads
-
-
-def test_model_is_loaded_once_by_the_first_call(loads: Loads) -> None:
-    with Reranker("model", dtype="bfloat16", device="cpu", max_batch_tokens=512) as reranker:
-        assert not loads.settings
-        reranker.rank(QUERY, FRUIT)
-        reranker.rank(QUERY, FRUIT)
-        assert reranker.loaded is reranker.loaded
-    assert loads.settings == [
-        {
-            "model": "model", "dtype": "bfloat16", "device": "cpu", "template": None,
-            "adapter": None, "revision": None, "max_batch_tokens": 512, "exact": False,
-        }
-    ]  # fmt: skip
-
-
-def test_model_is_loaded_once_by_concurrent_first_calls(loads: Loads) -> None:
-    barrier, reranker = threading.Barrier(8), Reranker("model")
-
-    def call(i: int) -> list[RankedDocument]:
-        barrier.wait(10)
-        return reranker.rank(QUERY, FRUIT)
-
-    with reranker, ThreadPoolExecutor(8) as threads:
-        rankings = list(threads.map(call, range(8)))
-    assert rankings == [rankings[0]] * 8
-    assert len(loads.settings) == 1
-
-
-def test_failed_load_is_tried_again_by_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    outcomes: list[Any] = [ModelLoadError("no such model"), fakes.FakeModel()]
-
-    def load(**settings: Any) -> Any:
-        outcome = outcomes.pop(0)
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
-
-    fakes.replace_load_model(monkeypatch, load)
-    with Reranker("model") as reranker:
-        with pytest.raises(ModelLoadError, match="no such model"):
-            reranker.rank(QUERY, FRUIT)
-        check_ranking(reranker.rank(QUERY, FRUIT), FRUIT)
-
-
-@pytest.mark.parametrize(
-    "settings", [{}, {"instruction": "Find law"}, {"max_length": 512}, {"dtype": None}]
-)
-def test_shared_equal_settings_share_one_model(loads: Loads, settings: dict[str, Any]) -> None:
-    with Reranker.shared("model") as first, Reranker.shared("model", **settings) as second:
-        assert first is not second
-        assert first.loaded is second.loaded
-        assert len(loads.settings) == 1
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"model": "other"},
-        {"dtype": "bfloat16"},
-        {"device": "meta"},
-        {"template": "chatml"},
-        {"adapter": "lora"},
-        {"revision": "main"},
-        {"max_batch_tokens": 512},
-        {"exact": True},
-        {"max_cached_scores": 9},
-    ],
-)
-def test_shared_other_settings_load_another_model(loads: Loads, settings: dict[str, Any]) -> None:
-    with (
-        Reranker.shared("model") as first,
-        Reranker.shared(**{"model": "model", **settings}) as second,
-    ):
-        assert first.loaded is not second.loaded
-
-
-def test_not_shared_rerankers_load_their_own(loads: Loads) -> None:
-    with Reranker("model") as first, Reranker("model") as second, Reranker.shared("model") as third:
-        assert len({id(first.loaded), id(second.loaded), id(third.loaded)}) == 3
-
-
-def test_shared_keeps_instruction_and_usage_apart(loads: Loads) -> None:
-    with (
-        Reranker.shared("model", instruction="Find code") as first,
-        Reranker.shared("model", instruction="Find law") as second,
-    ):
-        first.rank(QUERY, FRUIT)
-        second.rank(QUERY, FRUIT[:1])
-        network: Any = first.loaded.network
-        assert network.heads == [head_ids("Find code", QUERY), head_ids("Find law", QUERY)]
-        assert (first.usage.documents, second.usage.documents) == (5, 1)
-
-
-def test_shared_model_is_freed_with_its_last_user(loads: Loads) -> None:
-    others = owners()
-    first, second = Reranker.shared("model"), Reranker.shared("model")
-    first.rank(QUERY, FRUIT)
-    model = weakref.ref(first.loaded)
-    assert len(owners() - others) == 1
-    first.close()
-    gc.collect()
-    assert model() is not None
-    check_ranking(second.rank(QUERY, FRUIT), FRUIT)
-    second.close()
-    gc.collect()
-    assert model() is None
-    assert not owners() - others
-    with Reranker.shared("model") as third:
-        third.rank(QUERY, FRUIT)
-    assert len(loads.settings) == 2
-
-
-def test_model_is_freed_when_its_reranker_is_collected(loads: Loads) -> None:
-    others = owners()
-    reranker = Reranker("model")
-    reranker.rank(QUERY, FRUIT)
-    model = weakref.ref(reranker.loaded)
-    del reranker
-    gc.collect()
-    assert model() is None
-    assert not owners() - others
-
-
-def test_close_fails_calls_that_wait_and_finishes_the_forward_in_flight(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    network = WaitingNetwork()
-    fakes.replace_load_model(monkeypatch, lambda **settings: fakes.FakeModel(network))
-    reranker = Reranker("model")
-    with ThreadPoolExecutor(3) as threads:
-        in_flight = threads.submit(reranker.rank, QUERY, FRUIT)
-        assert network.started.wait(10)
-        queued = count_submits(monkeypatch, 1)
-        waiting = threads.submit(reranker.rank, QUERY, FRUIT)
-        assert queued.wait(10)
-        closing = threads.submit(reranker.close)
-        with pytest.raises(ClosedError, match="closed while this call waited"):
-            waiting.result(10)
-        network.go.set()
-        check_ranking(in_flight.result(10), FRUIT)
-        closing.result(10)
-    assert len(network.packs) == 1
-
-
 class Terminal(io.StringIO):
     """Standard error that somebody watches."""
 
@@ -818,21 +476,3 @@ def test_long_job_without_stderr_is_scored(
     monkeypatch.setattr("qwen3_reranker.waiting._PROGRESS_AFTER_S", 0)
     monkeypatch.setattr(sys, "stderr", None)
     assert len(reranker.rank(HIGH, [LOW, HIGH])) == 2
-
-
-def test_copies_share_the_weights_and_count_for_themselves(loads: Loads) -> None:
-    for make in (Reranker, Reranker.shared):
-        before = len(loads.settings)
-        reranker = make("a model", instruction="task", max_length=512)
-        for twin in (copy.copy(reranker), copy.deepcopy(reranker)):
-            twin.rank("tea", ["tea", "rain"])
-            assert (twin.usage.documents, reranker.usage.documents) == (2, 0)
-            assert repr(twin) == repr(reranker)
-        assert len(loads.settings) == before + 1
-
-
-def test_pickle_of_a_closed_reranker_is_refused() -> None:
-    reranker = Reranker("a model")
-    reranker.close()
-    with pytest.raises(ClosedError):
-        pickle.dumps(reranker)

@@ -5,7 +5,7 @@ import json
 import logging
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +45,6 @@ GUARDED = [
     ("GET", "/health/"),
     ("GET", "//health"),
 ]
-
-
-@pytest.fixture
-def model(monkeypatch: pytest.MonkeyPatch) -> Iterator[fakes.FakeModel]:
-    model = fakes.FakeModel()
-    with fakes.loaded(monkeypatch, model):
-        yield model
 
 
 def client_of(
