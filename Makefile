@@ -58,12 +58,11 @@ soak: .venv/test
 
 # Every branch of what no score may go wrong in, by its unit tests alone.
 COVERED = prompt tokenization packing request faults engine waiting
+BY = prompt vllm_command tokenization packing engine faults closing score_cache reranker waiting
 coverage: .venv/test
 	$(BIN)/coverage run --branch --data-file=.venv/coverage \
 		--include="$(shell echo $(COVERED:%=qwen3_reranker/%.py) | tr ' ' ,)" \
-		-m pytest -q tests/unit/test_prompt.py tests/unit/test_tokenization.py \
-		tests/unit/test_packing.py tests/unit/test_reranker.py tests/unit/test_waiting.py \
-		tests/unit/test_engine.py tests/unit/test_faults.py tests/unit/test_closing.py
+		-m pytest -q $(BY:%=tests/unit/test_%.py)
 	$(BIN)/coverage report --data-file=.venv/coverage --show-missing --fail-under=100
 
 # Small changes to prompt, tokenization and packing that their unit tests must notice.
