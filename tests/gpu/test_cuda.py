@@ -61,3 +61,20 @@ def test_long_query_is_not_copied_for_each_document(tmp_path: Path) -> None:
     print(f"4,000 tokens before 500 documents: {peak:.2f} GiB above the weights")
     assert len(scores) == 500
     assert peak < 8, "copied, keys and values alone would take 8 GiB"
+
+
+def test_4_bits_score_as_on_a_cpu_in_a_third_of_the_memory(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    shape = {**real_parts.QWEN3_0_6B, "num_hidden_layers": 2}
+    folder = str(real_parts.save_random_qwen3(tmp_path, dtype="bfloat16", **shape))
+    documents = [document for _, document in texts.ordinary_pairs(50)]
+    with Reranker(folder, device="cpu", dtype="nf4") as reranker:
+        cpu = reranker.rank("water", documents)
+    results, layers = {}, {}
+    for dtype in ("bfloat16", "nf4"):
+        with Reranker(folder, device="cuda", dtype=dtype) as reranker:
+            results[dtype] = {r.index: r.log_odds for r in reranker.rank("water", documents)}
+            decoder = reranker.loaded.network.decoder.layers
+            layers[dtype] = sum(weight.nbytes for weight in decoder.parameters())
+    assert layers["nf4"] < layers["bfloat16"] / 3
+    assert max(abs(each.log_odds - results["nf4"][each.index]) for each in cpu) <= 0.5
