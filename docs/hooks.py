@@ -12,21 +12,28 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 _LINKED = ("CHANGELOG.md", "CONTRIBUTING.md", "Dockerfile", "compose.yaml", "benchmarks/RESULTS.md")
-_FOLDERS = ("recipes", "docs")
 
 
 def on_files(files: Files, config: Any) -> Files:
     """Add what README.md and the recipes' page need."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("](docs/", "](")
-    files.append(File.generated(config, "index.md", content=readme))
+    files.append(File.generated(config, "index.md", content=_page("README.md")))
     for name in _LINKED:
-        files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
+        if name.endswith(".md"):
+            files.append(File.generated(config, name, content=_page(name)))
+        else:
+            files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
     for path in sorted((ROOT / "recipes").rglob("*")):
         if path.is_file() and "__pycache__" not in path.parts:
             name = str(path.relative_to(ROOT))
             files.append(File.generated(config, name, abs_src_path=str(path)))
     files.append(File.generated(config, "recipes.md", content=_recipes()))
     return files
+
+
+def _page(name: str) -> str:
+    """Return a page of the repository as the site needs it, where `docs` is the root."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    return text.replace("](docs/", "](").replace("](../docs/", "](../")
 
 
 def _recipes() -> str:

@@ -1,7 +1,8 @@
-"""Errors that the documentation shows are the errors that come."""
+"""Errors that the documentation shows are the errors that come, and its links lead somewhere."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
@@ -19,6 +20,26 @@ CASES = re.findall(
     (ROOT / "docs/errors.md").read_text(encoding="utf-8"),
     re.DOTALL | re.MULTILINE,
 )
+
+
+PAGES = [
+    *ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_links_lead_to_files(page: Path) -> None:
+    for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / link).exists(), link
+
+
+def test_api_pages_name_what_there_is() -> None:
+    pages = [page.read_text(encoding="utf-8") for page in PAGES]
+    names = [name for text in pages for name in re.findall(r"^::: (\S+)$", text, re.MULTILINE)]
+    assert len(names) > 10
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), attribute), name
 
 
 def test_every_case_is_found() -> None:
