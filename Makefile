@@ -1,5 +1,6 @@
-# `make demo` and `make test` do all the set-up a fresh machine needs: Python 3.11, pip, git, make.
-PYTHON ?= python3.11
+# `make demo` and `make test` do all the set-up a fresh machine needs: Python 3.11 or newer, pip, git,
+# make.
+PYTHON ?= $(shell command -v python3.11 || echo python3)
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 

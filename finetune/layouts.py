@@ -271,6 +271,8 @@ def _messages(value: object, name: str, roles: Sequence[str]) -> tuple[str | Non
 
 def _refuse_unknown(content: dict[str, Any], keys: Collection[str]) -> None:
     unknown = sorted(set(content) - set(keys))
+    if "candidates" in unknown:
+        raise ValueError("'candidates' is a key of evaluation rows; pass this file as --eval_file")
     if unknown:
         near = difflib.get_close_matches(unknown[0], sorted(keys), n=1)
         advice = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(keys))}"

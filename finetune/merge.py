@@ -209,7 +209,7 @@ def average_adapters(adapters: Sequence[str], factors: Coefficients, folder: Pat
     What LoRA adds to a layer is B A, and a sum of such products is a product again, of the factors
     side by side: exact, of a rank that is the sum of theirs.
     """
-    folders = [checkpoint.locate(adapter, None)[0] for adapter in adapters]
+    folders = [checkpoint.locate(adapter, None, "adapter")[0] for adapter in adapters]
     settings = [_lora_settings(each) for each in folders]
     record = _common_record(folders)
     layers = [_lora_layers(each, one) for each, one in zip(folders, settings, strict=True)]

@@ -75,7 +75,8 @@ def mass_warnings(mass: float | None) -> list[str]:
         return []
     return [
         f"The base model gives yes and no together a probability of {mass:.3f} after this prompt. "
-        "Is it a reranker, or is the template another? Training has to teach it to answer first."
+        "Is the template another? A base that is no reranker has to learn to answer first; one "
+        "that was trained on the difference of yes and no, as here, is fine."
     ]
 
 

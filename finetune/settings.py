@@ -69,7 +69,7 @@ def deciding_settings(
 
 
 def _weights(adapter: str) -> str:
-    return hash_file(adapter_weights(checkpoint.locate(adapter, None)[0]))
+    return hash_file(adapter_weights(checkpoint.locate(adapter, None, "adapter")[0]))
 
 
 def _plain(value: Any) -> Any:

@@ -74,7 +74,7 @@ def train(
     template = inputs.template(arguments.template)
     trainee = load_trainee(base, device=training.device, template=template)
     if arguments.adapter is not None:
-        trainee.go_on_from(checkpoint.locate(arguments.adapter, None)[0])
+        trainee.go_on_from(checkpoint.locate(arguments.adapter, None, "adapter")[0])
     max_length = min(arguments.max_length, trainee.max_positions)
     budget = arguments.max_batch_tokens or loading.default_batch_tokens(
         training.device, trainee.full.config, next(trainee.network.parameters()).dtype

@@ -96,7 +96,7 @@ def load_whole(model: str, adapter: str | None, instruction: str | None = None) 
     full = checkpoint.read_weights(folder, gguf_file, config, torch.float32)
     template = None
     if adapter is not None:
-        adapter_folder = checkpoint.locate(adapter, None)[0]
+        adapter_folder = checkpoint.locate(adapter, None, "adapter")[0]
         template = recorded_template(None, adapter_folder)
         full = merge_adapter(full, adapter_folder)
     tokenizer_json = checkpoint.read_tokenizer(folder, gguf_file)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import warnings
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -128,7 +129,10 @@ def merge_adapter(full: Any, folder: Path) -> Any:
     _refuse_adapter(full, folder)
     refuse_other_base(fingerprint(full), folder)
     try:
-        tuned = PeftModel.from_pretrained(full, folder)
+        with warnings.catch_warnings():
+            # peft 0.21 reads an alias that transformers 5.23 deprecates.
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+            tuned = PeftModel.from_pretrained(full, folder)
         # By itself peft asks the Hub whether the vocabulary has grown; embeddings never train.
         wanted = set(get_peft_model_state_dict(tuned, save_embedding_layers=False))
         with safe_open(str(weights), "pt") as file:
@@ -159,6 +163,17 @@ def _refuse_adapter(full: Any, folder: Path) -> None:
             f"adapter '{folder}' does not fit the base model: {problem}. Load it on the base it "
             "was trained on, or train it without those modules."
         )
+
+
+def recorded_base(folder: Path) -> str | None:
+    """Return the base that an adapter's folder names, None without such a folder or name."""
+    file = folder / ADAPTER_RECORD
+    if file.is_file():
+        name = (read_json(file).get("base") or {}).get("name")
+    else:
+        file = folder / "adapter_config.json"
+        name = read_json(file).get("base_model_name_or_path") if file.is_file() else None
+    return name if isinstance(name, str) else None
 
 
 def refuse_other_base(found: str, folder: Path) -> None:

@@ -107,7 +107,8 @@ def _parse(row: dict[str, Any], line: int) -> CandidateList:
         raise ValueError(f"'instruction' must be a string, got {type(instruction).__name__}")
     candidates = row.get("candidates")
     if not isinstance(candidates, list):
-        raise ValueError("'candidates' must be a list of objects with 'text'")
+        advice = "; this is a training row, for --train_file" if "positive" in row else ""
+        raise ValueError(f"'candidates' must be a list of objects with 'text'{advice}")
     for i, candidate in enumerate(candidates):
         if not isinstance(candidate, dict) or not isinstance(candidate.get("text"), str):
             raise ValueError(f"candidates[{i}] must be an object with a string 'text'")

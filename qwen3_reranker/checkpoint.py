@@ -27,8 +27,8 @@ _SUPPORTED = ("qwen3", "qwen2", "llama")
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
-def locate(model: str, revision: str | None) -> tuple[Path, str | None]:
-    """Return the local folder of a checkpoint and, for a GGUF file, its name.
+def locate(model: str, revision: str | None, what: str = "model") -> tuple[Path, str | None]:
+    """Return the local folder of a checkpoint or adapter and, for a GGUF file, its name.
 
     Raises:
         ModelLoadError: If it is neither on disk nor to be had from the Hub, or leads elsewhere.
@@ -42,7 +42,7 @@ def locate(model: str, revision: str | None) -> tuple[Path, str | None]:
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelLoadError(
-                f"model is the file '{model}', but only .gguf files load alone. Pass the folder "
+                f"{what} is the file '{model}', but only .gguf files load alone. Pass the folder "
                 "that holds config.json, tokenizer.json and the safetensors files."
             )
         return path.parent, path.name
@@ -53,11 +53,11 @@ def locate(model: str, revision: str | None) -> tuple[Path, str | None]:
         )
     except HFValidationError as error:
         raise ModelLoadError(
-            f"model '{model}' is not a folder here and not a Hub name either. Check the path."
+            f"{what} '{model}' is not a folder here and not a Hub name either. Check the path."
         ) from error
     except Exception as error:
         raise ModelLoadError(
-            f"model '{model}' could not be fetched from the Hub ({type(error).__name__}). Check "
+            f"{what} '{model}' could not be fetched from the Hub ({type(error).__name__}). Check "
             "the name, the connection and HF_TOKEN, or pass a local folder."
         ) from error
     _refuse_outsiders(Path(folder))

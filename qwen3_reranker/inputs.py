@@ -67,6 +67,11 @@ def lists(queries: Any, documents_of: Any) -> tuple[list[str], list[list[str]]]:
             "lists of documents. Pass one list per query."
         )
     is_single = len(given) == 1
+    if not is_single and any(isinstance(row, str) for row in rows):
+        raise InputError(
+            "documents must be a list of lists, one per query, got strings. Pass the documents of "
+            "each query as a list of their own."
+        )
     return (
         [query(item, "query" if is_single else f"queries[{i}]") for i, item in enumerate(given)],
         [

@@ -96,7 +96,7 @@ def load_model(
     torch_device = _choose_device(device)
     folder, gguf_file, config = open_checkpoint(model, revision)
     serving_dtype, dtype_reason = _choose_dtype(dtype, torch_device, config)
-    adapter_folder = None if adapter is None else locate(adapter, None)[0]
+    adapter_folder = None if adapter is None else locate(adapter, None, "adapter")[0]
     if adapter_folder is not None:
         template = recorded_template(template, adapter_folder)
     tokenizer = PromptTokenizer(read_tokenizer(folder, gguf_file), template)
@@ -225,8 +225,10 @@ def _choose_device(device: str | None) -> torch.device:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
+        is_cpu_build = "cuda" in str(device) and not torch.version.cuda
+        why = ": this torch is a build without CUDA" if is_cpu_build else ""
         raise ModelLoadError(
-            f"device {device!r} cannot be used here. Pass 'cpu', 'cuda', or None to choose."
+            f"device {device!r} cannot be used here{why}. Pass one that can, or None to choose."
         ) from error
     return chosen
 
@@ -240,9 +242,8 @@ def _choose_dtype(dtype: str | None, device: torch.device, config: Any) -> tuple
             )
         return torch.float32, ""
     if dtype == "nf4":
-        computed, _ = _choose_dtype(None, device, config)
-        name = str(computed).removeprefix("torch.")
-        return computed, f"asked for; 4 bits a weight, computed in {name}"
+        own, _ = _choose_dtype(None, device, config)
+        return own, f"asked for; 4 bits a weight, computed in {str(own).removeprefix('torch.')}"
     if dtype is not None:
         return DTYPES[dtype], "asked for"
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32

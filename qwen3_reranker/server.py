@@ -11,6 +11,7 @@ import copy
 import ipaddress
 import logging
 import os
+import socket
 from collections.abc import Coroutine
 from dataclasses import replace
 from pathlib import Path
@@ -254,6 +255,8 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 
 async def _on_invalid_body(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)  # noqa: S101
+    if "json" not in request.headers.get("content-type", ""):
+        return _error(422, "the body is not JSON. Send the header Content-Type: application/json.")
     return _error(422, describe_faults(error.errors()))
 
 
@@ -277,6 +280,7 @@ def serve(reranker: Reranker, name: str, *, host: str, port: int, api_key_file: 
             f"host {host} can be reached by other machines, and there is no API key. Set "
             f"{inputs.API_KEY_VARIABLE}, pass --api-key-file, or use --host 127.0.0.1."
         )
+    _refuse_busy(host, port)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     for each in ("qwen3_reranker", "uvicorn"):
         logging.getLogger(each).setLevel(logging.INFO)
@@ -306,6 +310,18 @@ async def _run(server: uvicorn.Server, service: Service) -> None:
         raise
     logger.info("The weights of %s are loaded.", service.name)
     await serving
+
+
+def _refuse_busy(host: str, port: int) -> None:
+    """Look first: uvicorn tells it by a traceback."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise InputError(
+            f"nothing can be served at {host}, port {port} ({os.strerror(error.errno or 0)}). Pass "
+            "another --port, or 0 for any that is free."
+        ) from error
 
 
 def read_api_key(file: str | None) -> str | None:

@@ -1,5 +1,10 @@
 """Qwen3-Reranker for LangChain."""
 
-from .compressor import Qwen3Reranker
+try:
+    from .compressor import Qwen3Reranker
+except ModuleNotFoundError as error:
+    from qwen3_reranker import MissingExtraError
+
+    raise MissingExtraError.of("the LangChain integration", error.name, "langchain") from error
 
 __all__ = ["Qwen3Reranker"]

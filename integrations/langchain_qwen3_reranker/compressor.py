@@ -16,7 +16,7 @@ from langchain_core.runnables import RunnableConfig, RunnableLambda
 from pydantic import BeforeValidator, ConfigDict, PrivateAttr, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
-from qwen3_reranker import Calibration, RankedDocument, Scorer, inputs
+from qwen3_reranker import Calibration, InputError, RankedDocument, Scorer, inputs
 from qwen3_reranker.integration import (
     PASSAGE,
     SPAN,
@@ -188,4 +188,10 @@ def _call(documents: Sequence[Document], query: str) -> dict[str, Any]:
 
 
 def _texts(documents: Sequence[Document]) -> list[str]:
+    for i, document in enumerate(documents):
+        if not hasattr(document, "page_content"):
+            raise InputError(
+                f"documents[{i}] must be a LangChain Document, got {type(document).__name__}. Wrap "
+                "a text in Document(page_content=text)."
+            )
     return [document.page_content for document in documents]

@@ -541,3 +541,25 @@ def test_construction_and_pickle_import_no_torch(module: str) -> None:
         "sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_is_no_document_of_the_framework_is_refused(model: str) -> None:
+    texts: Any = [Document("a"), "b"]
+    with pytest.raises(InputError, match=r"documents\[1\] must be a LangChain Document, got str"):
+        LangChainReranker(model=model).compress_documents(texts, "q")
+    nodes: Any = [NodeWithScore(node=TextNode(text="a")), TextNode(text="b")]
+    with pytest.raises(InputError, match=r"nodes\[1\] must be a NodeWithScore, got TextNode"):
+        LlamaIndexReranker(model=model).postprocess_nodes(nodes, query_str="q")
+
+
+@pytest.mark.parametrize(
+    ("library", "package", "extra"),
+    [
+        ("langchain_core", "langchain_qwen3_reranker", "langchain"),
+        ("llama_index.core", "llama_index.postprocessor.qwen3_reranker", "llama-index"),
+    ],
+)
+def test_without_its_framework_the_extra_is_named(library: str, package: str, extra: str) -> None:
+    code = f"import sys; sys.modules[{library!r}] = None; import {package}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert f'pip install "qwen3-reranker[{extra}]"' in done.stderr

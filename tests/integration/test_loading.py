@@ -239,12 +239,17 @@ def test_names_that_are_nothing_are_refused(tmp_path: Path) -> None:
         load_model(str(file))
     with pytest.raises(ModelLoadError, match="device 'nope'"):
         load_model(str(find_gguf()), device="nope")
+    if not torch.version.cuda:
+        with pytest.raises(ModelLoadError, match=r"'cuda' .*: this torch is a build without CUDA"):
+            load_model(str(find_gguf()), device="cuda")
 
 
 def test_hub_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelLoadError, match="could not be fetched from the Hub"):
+    with pytest.raises(ModelLoadError, match=r"model '.*' could not be fetched from the Hub"):
         load_model("Qwen/not-in-the-cache")
+    with pytest.raises(ModelLoadError, match="adapter 'not/here' could not be fetched"):
+        load_model("embedded-base", adapter="not/here")
 
 
 def test_hub_name_loads_from_the_cache(

@@ -69,6 +69,7 @@ def test_read_rows_null_labels_are_no_labels(tmp_path: Path) -> None:
         (with_candidates({"text": "a", "label": -1}), "of at least 0"),
         (with_candidates({"text": "a", "label": True}), "candidates[0] must have a whole 'label'"),
         (with_candidates({"text": "a", "label": "1"}), "candidates[0] must have a whole 'label'"),
+        ({"query": "q", "positive": ["a"]}, "; this is a training row, for --train_file"),
         (with_candidates(missing_labels=1), "'missing_labels' must be a list"),
         (with_candidates(missing_labels=[1, -1]), "'missing_labels' must be a list"),
         (with_candidates(missing_labels=[True]), "'missing_labels' must be a list"),

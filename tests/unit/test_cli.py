@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import qwen3_reranker
-from qwen3_reranker import ModelLoadError
+from qwen3_reranker import ModelLoadError, Reranker
 from qwen3_reranker.cli import main
 from qwen3_reranker.runtime import Runtime
 from tests import fakes
@@ -109,12 +109,39 @@ def test_rank_reads_a_text_per_jsonl_row(
 
 
 @pytest.mark.usefixtures("model")
-@pytest.mark.parametrize("arguments", [["-d", "-"], []], ids=["dash", "pipe"])
+@pytest.mark.parametrize("arguments", [["-d", "-"], ["-"], []], ids=["file", "dash", "pipe"])
 def test_rank_reads_standard_input(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str]
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(FRUIT).encode())))
     assert texts(ranked(capsys, "-q", QUERY, *arguments)[0]) == RANKED
+
+
+@pytest.mark.usefixtures("model")
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("qwen3_reranker.json", {"base": {"name": "org/base"}}, "org/base"),
+        ("adapter_config.json", {"base_model_name_or_path": "org/base"}, "org/base"),
+        ("adapter_config.json", {}, "Qwen/Qwen3-Reranker-0.6B"),
+    ],
+)
+def test_rank_takes_the_base_that_the_adapter_names(
+    tmp_path: Path, name: str, content: dict[str, Any], expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    (tmp_path / name).write_text(json.dumps(content))
+    made: list[str] = []
+
+    class Recorded(Reranker):
+        def __init__(self, model: str, **options: Any) -> None:
+            made.append(model)
+            super().__init__(model, **options)
+
+    monkeypatch.setattr("qwen3_reranker.reranker.Reranker", Recorded)
+    assert main(["rank", "-q", QUERY, "--adapter", str(tmp_path), *FRUIT]) == 0
+    assert main(["rank", "-q", QUERY, "--adapter", str(tmp_path), "-m", "other", *FRUIT]) == 0
+    assert made == [expected, "other"]
 
 
 @pytest.mark.usefixtures("model")

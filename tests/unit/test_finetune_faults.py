@@ -58,6 +58,7 @@ MALFORMED: list[tuple[str, list[Any], int, str]] = [
     ("empty document", [{**OURS, "negative": [""]}], 1, "not blank, got a blank one"),
     ("unknown key", [{**OURS, "scroes": {}}], 1, "unknown key 'scroes'; did you mean 'scores'?"),
     ("plural key", [{"query": "q", "positives": ["a"]}], 1, "did you mean 'positive'?"),
+    ("evaluation row", [{"query": "q", "candidates": []}], 1, "pass this file as --eval_file"),
     ("far key", [{**OURS, "zzz": 1}], 1, "unknown key 'zzz'; known are instruction, negative"),
     ("mixed keys", [{"query": "q", "pos": ["a"], "negs": ["b"]}], 1, "did you mean 'neg'?"),
     ("repeat", [{**OURS, "positive": ["a", "b", "a"]}], 1, "positive[2] repeats positive[0]"),

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import socket
 import sys
 import threading
 from collections.abc import AsyncIterator
@@ -255,6 +256,12 @@ async def test_wrong_body_is_refused_by_place_never_by_content(
     assert answer["error"]["message"] == answer["message"] == answer["detail"]
     assert answer["error"]["code"] == status
     assert "CANARY" not in reply.text
+
+
+async def test_body_without_its_header_is_told_of_it(client: httpx.AsyncClient) -> None:
+    reply = await client.post("/v1/rerank", content=b'{"query": "q", "documents": ["d"]}')
+    assert reply.status_code == 422
+    assert "Content-Type: application/json" in reply.json()["message"]
 
 
 @pytest.mark.parametrize("content", [b"{CANARY", b"\xff\xfe", b"[" * 100_000, b""])
@@ -572,6 +579,16 @@ def test_serve_refuses_other_hosts_without_a_key(
     monkeypatch.delenv("QWEN3_RERANKER_API_KEY", raising=False)
     assert main(["serve", "served", "--host", "0.0.0.0"]) == 2  # noqa: S104
     assert "QWEN3_RERANKER_API_KEY" in capsys.readouterr().err
+
+
+def test_busy_port_is_told_before_anything_is_loaded(
+    model: fakes.FakeModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = busy.getsockname()[1]
+        assert main(["serve", "served", "--port", str(port)]) == 2
+    error = capsys.readouterr().err
+    assert f"at 127.0.0.1, port {port} (Address already in use). Pass another --port" in error
 
 
 def test_key_comes_from_the_file_or_the_environment(

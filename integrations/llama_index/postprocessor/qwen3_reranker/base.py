@@ -166,6 +166,12 @@ class Qwen3Reranker(BaseNodePostprocessor):
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None
     ) -> Iterator[list[NodeWithScore]]:
         """Report a call's start and its end, however it ends; the result goes into the list."""
+        for i, node in enumerate(nodes):
+            if not isinstance(node, NodeWithScore):
+                raise InputError(
+                    f"nodes[{i}] must be a NodeWithScore, got {type(node).__name__}. Wrap a node "
+                    "in NodeWithScore(node=node)."
+                )
         reranked: list[NodeWithScore] = []
         model_name = self.model if self.reranker is None else type(self.reranker).__name__
         top_n = len(nodes) if self.top_n is None else self.top_n
