@@ -118,8 +118,8 @@ def _show_core(
     yield from _title(f"1. Core: rank_many() orders {CANDIDATES} candidates of each query")
     yield from _paragraph(
         "The first stage counts equal words (cosine). 'was' is a passage's place there; * marks "
-        "the passages that answer the query. The queries are meant to be hard: others have their "
-        "words. A small model misses some, and all that are not in its language."
+        "the passages that answer the query. The queries are meant to be hard: other passages "
+        "have their words. A small English model gets some of them wrong."
     )
     vectors = np.array([embed(passage.text) for passage in passages])
     cosines = [vectors @ np.array(embed(query.query)) for query in queries]
