@@ -10,10 +10,11 @@ PIP := $(BIN)/pip --disable-pip-version-check
 demo: .venv/demo
 	$(BIN)/qwen3-reranker demo
 
+FAST = -m pytest -q -n 2 --dist worksteal
 # Fast tests, two at a time, a thread of torch's each: `make check` runs the rest, and all with as
 # many threads as torch takes by itself.
 test: .venv/test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python $(FAST)
 
 check: .venv/test
 	$(BIN)/ruff check .
@@ -33,7 +34,7 @@ oldest: .venv/oldest
 
 # The fast tests with the newest of everything that pyproject.toml admits, but for torch.
 newest: .venv/newest
-	OMP_NUM_THREADS=1 .venv/newest/bin/python -m pytest -q -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 .venv/newest/bin/python $(FAST)
 
 # Other people's rerank clients on our server, our client and exports on llama.cpp, requests drawn
 # at random.

@@ -26,6 +26,8 @@ import httpx
 import numpy as np
 from tokenizers import Tokenizer
 
+from finetune.gguf_export import FILE, write_gguf
+from finetune.whole import load_whole
 from tests.real_parts import QWEN3_0_6B, qwen3_tokenizer_file, save_random_qwen3
 from tests.servers import COMPAT_PYTHON, llama_cpp, serving
 
@@ -40,7 +42,7 @@ from .workload import (
 DOCUMENTS = 5
 TOKENS = 60
 TOLERANCE = 5e-3
-"""llama.cpp keeps keys and values in float16."""
+"""Of P("yes"): far above rounding, far below what another prompt does."""
 
 
 @dataclass(slots=True)
@@ -91,16 +93,14 @@ def draw_bodies(count: int, seed: int) -> list[dict[str, object]]:
 
 
 @contextmanager
-def servers(folder: Path, widths: str) -> Iterator[dict[str, str]]:
+def servers(folder: Path) -> Iterator[dict[str, str]]:
     """Start both servers on a checkpoint; yield their addresses by name."""
     with ExitStack() as stack:
         options = ("--dtype", "float32", "--device", "cpu")
         urls = {"ours": stack.enter_context(serving(folder, *options)).url}
         if COMPAT_PYTHON.exists():
-            from tests.compat.gguf_reranker import write_rank_gguf
-
-            file = write_rank_gguf(folder, folder / f"{widths}.gguf")
-            urls["llama.cpp"] = stack.enter_context(llama_cpp(file))
+            write_gguf(load_whole(str(folder), None), folder)
+            urls["llama.cpp"] = stack.enter_context(llama_cpp(folder / FILE))
         yield urls
 
 
@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(dir=args.workdir) as name, ExitStack() as stack:
             folder = Path(name)
             save_random_qwen3(folder, seed=args.seed, **{**shape, "num_hidden_layers": args.layers})
-            urls = stack.enter_context(servers(folder, widths))
+            urls = stack.enter_context(servers(folder))
             bodies = draw_bodies(args.requests, args.seed)
             loads = {
                 name: Load(stack.enter_context(httpx.Client(base_url=url, timeout=600)), bodies)

@@ -27,7 +27,7 @@ from qwen3_reranker.results import in_order
 
 from .data import TrainingGroup, normalised, read_training_file
 from .negatives import HIGH, NEAR, Judge, Mining, Pending, candidates, find_negatives, result
-from .output import hash_file, write_whole
+from .output import hash_file, whole_lines, write_whole
 from .retrieval import BM25, Corpus, Rankings, read_corpus, require, search
 
 PIECE = 16
@@ -240,7 +240,7 @@ def mine(
     teacher score the same documents together, and gets the same bits.
     """
     done = work / "pieces.jsonl"
-    num_done = _count_whole_lines(done) * PIECE
+    num_done = len(whole_lines(done)) * PIECE
     with (
         done.open("a", encoding="utf-8") as file,
         tqdm(
@@ -303,15 +303,6 @@ def _summary(
     ):  # fmt: skip
         if count:
             yield f"Left out for want of a {kind}: {count} of the rows"
-
-
-def _count_whole_lines(file: Path) -> int:
-    """Cut off what a killed run left half-written; return the number of lines that are whole."""
-    if not file.exists():
-        return 0
-    content = file.read_bytes()
-    os.truncate(file, content.rfind(b"\n") + 1)
-    return content.count(b"\n")
 
 
 def _as_line(value: Any) -> str:

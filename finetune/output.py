@@ -182,6 +182,16 @@ def write_whole(file: Path, text: str) -> None:
     part.replace(file)
 
 
+def whole_lines(file: Path) -> list[str]:
+    """Return the lines of a file that grows, and cut off what a killed run left half-written."""
+    if not file.exists():
+        return []
+    content = file.read_bytes()
+    end = content.rfind(b"\n") + 1
+    os.truncate(file, end)
+    return content[:end].decode().split("\n")[:-1]  # no other end of line ends one
+
+
 def write_json(file: Path, content: Any) -> None:
     """Write a file that people read, too."""
     file.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")

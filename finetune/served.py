@@ -24,7 +24,7 @@ from qwen3_reranker.errors import DataError
 from qwen3_reranker.inputs import DTYPES
 from qwen3_reranker.results import in_order
 
-from .output import write_whole
+from .output import whole_lines
 
 Lists = Mapping[str, Sequence[CandidateList]]
 Scores = Mapping[str, list[list[float]]]
@@ -108,7 +108,7 @@ def saved_scores(served: Served, lists: Lists, output: Path) -> Scores:
     key = (served.identity, list(lists), texts)
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     path = output / f"scores-{digest}.jsonl"
-    kept = _whole_rows(path)
+    kept = list(map(json.loads, whole_lines(path)))
     if kept:
         print(f"Scores of {served.adapter or served.model} reused, {len(kept)} lists: {path}")
     rows = iter(kept)
@@ -123,15 +123,6 @@ def saved_scores(served: Served, lists: Lists, output: Path) -> Scores:
             return row
 
         return score_each(lists, score)
-
-
-def _whole_rows(path: Path) -> list[list[float]]:
-    """Return the scores of each list in a file, and cut off the half line of an interruption."""
-    content = path.read_bytes() if path.exists() else b""
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        write_whole(path, whole.decode())
-    return [json.loads(line) for line in whole.splitlines()]
 
 
 def score_list(reranker: Reranker, each: CandidateList) -> list[float]:

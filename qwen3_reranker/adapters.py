@@ -167,13 +167,16 @@ def _refuse_adapter(full: Any, folder: Path) -> None:
 
 def recorded_base(folder: Path) -> str | None:
     """Return the base that an adapter's folder names, None without such a folder or name."""
-    file = folder / ADAPTER_RECORD
-    if file.is_file():
-        name = (read_json(file).get("base") or {}).get("name")
-    else:
-        file = folder / "adapter_config.json"
-        name = read_json(file).get("base_model_name_or_path") if file.is_file() else None
+    name = _base_record(folder).get("name")
+    file = folder / "adapter_config.json"
+    if name is None and file.is_file():  # of other trainers
+        name = read_json(file).get("base_model_name_or_path")
     return name if isinstance(name, str) else None
+
+
+def _base_record(folder: Path) -> dict[str, Any]:
+    file = folder / ADAPTER_RECORD
+    return (read_json(file).get("base") or {}) if file.is_file() else {}
 
 
 def refuse_other_base(found: str, folder: Path) -> None:
@@ -186,14 +189,12 @@ def refuse_other_base(found: str, folder: Path) -> None:
     Raises:
         ModelLoadError: If the record names another.
     """
-    file = folder / ADAPTER_RECORD
-    recorded = (read_json(file).get("base") or {}).get("fingerprint") if file.is_file() else None
+    recorded = _base_record(folder).get("fingerprint")
     if recorded is not None and recorded != found:
-        name = read_json(file)["base"].get("name")
         raise ModelLoadError(
             f"adapter '{folder}' was trained on other weights than these (recorded base: "
-            f"{name!r}), so its scores would mean nothing. Load it on that base, in the revision "
-            "it was trained on."
+            f"{recorded_base(folder)!r}), so its scores would mean nothing. Load it on that base, "
+            "in the revision it was trained on."
         )
 
 

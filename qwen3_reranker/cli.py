@@ -166,7 +166,6 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _rank(arguments: argparse.Namespace) -> int:
     lists = _candidate_lists(arguments)
-    arguments.model = _model(arguments)
     with _reranker(arguments) as reranker:
         # Everything is ranked before the cut, because nDCG is counted on whole lists.
         rankings = reranker.rank_many(
@@ -198,7 +197,7 @@ def _candidate_lists(arguments: argparse.Namespace) -> list[CandidateList]:
     ids = [f"argument {i}" for i in range(1, len(arguments.document) + 1)]
     texts = list(arguments.document)
     source = arguments.documents
-    if texts == [STDIN]:
+    if texts == [STDIN] and source is None:
         ids, texts, source = [], [], STDIN
     if source is None and not texts and sys.stdin is not None and not sys.stdin.isatty():
         source = STDIN
@@ -235,11 +234,10 @@ def _ui(arguments: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         raise MissingExtraError.of("the page", error.name, "ui") from error
     if arguments.url is None:
-        arguments.model = _model(arguments)
-        reranker = _reranker(arguments)
-        print(f"Loading {arguments.model}.", flush=True)
+        model, reranker = _model(arguments), _reranker(arguments)
+        print(f"Loading {model}.", flush=True)
         _ = reranker.loaded  # what is wrong with a model is told here, not on the page
-        ui.serve(reranker, arguments.model, port=arguments.port)
+        ui.serve(reranker, model, port=arguments.port)
     else:
         ui.serve(_remote_reranker(arguments), arguments.url, port=arguments.port)
     return 0
@@ -272,7 +270,7 @@ def _vllm_command(arguments: argparse.Namespace) -> int:
 def _reranker(arguments: argparse.Namespace) -> Reranker:
     from .reranker import Reranker
 
-    return Reranker(arguments.model, instruction=arguments.instruction, **_of_a_model(arguments))
+    return Reranker(_model(arguments), instruction=arguments.instruction, **_of_a_model(arguments))
 
 
 def _model(arguments: argparse.Namespace) -> str:

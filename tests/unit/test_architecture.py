@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -136,3 +137,12 @@ def test_public_names_are_these() -> None:
         assert getattr(qwen3_reranker, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = qwen3_reranker.nothing
+
+
+@pytest.mark.parametrize("folder", ["qwen3_reranker", "finetune", "benchmarks", "tests", "recipes"])
+def test_what_is_imported_of_this_repository_exists(folder: str) -> None:
+    for file in sources(folder):
+        for name in set(imports(file)):
+            # Other people's rerankers are in LlamaIndex's namespace, too.
+            if name.split(".")[0] in FIRST_PARTY - {"llama_index"} | {"qwen3_reranker"}:
+                assert importlib.util.find_spec(name), f"{file.name} imports {name}"

@@ -118,6 +118,16 @@ def test_rank_reads_standard_input(
 
 
 @pytest.mark.usefixtures("model")
+def test_dash_beside_a_file_is_a_document(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "documents.txt"
+    file.write_text("\n".join(FRUIT))
+    found = texts(ranked(capsys, "-q", QUERY, "-d", str(file), "-")[0])
+    assert sorted(found) == ["-", *sorted(FRUIT)]
+
+
+@pytest.mark.usefixtures("model")
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
