@@ -20,7 +20,7 @@ from huggingface_hub import constants
 from tokenizers import Tokenizer
 
 from . import __version__, checkpoint
-from .loading import bfloat16_pays
+from .cpu import bfloat16_pays
 from .prompt import PromptTemplate
 from .reranker import Reranker
 from .results import probability

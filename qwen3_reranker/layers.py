@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
+from torch.nn.functional import silu
 
 from .attention import Prepared, packed_attention
 
@@ -88,8 +89,9 @@ def _heads(attention: Any, name: str, hidden: torch.Tensor, rotary: Rotary | Non
 
 def _feed_forward(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
     normed, mlp = _normalise(layer.post_attention_layernorm, hidden), layer.mlp
-    gate = mlp.act_fn(mlp.gate_proj(normed)).mul_(mlp.up_proj(normed))
-    output: torch.Tensor = mlp.down_proj(gate).add_(hidden)
+    gate = mlp.gate_proj(normed)
+    gate = silu(gate, inplace=True) if isinstance(mlp.act_fn, torch.nn.SiLU) else mlp.act_fn(gate)
+    output: torch.Tensor = mlp.down_proj(gate.mul_(mlp.up_proj(normed))).add_(hidden)
     return output
 
 

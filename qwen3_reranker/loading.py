@@ -9,9 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 from dataclasses import dataclass, replace
-from functools import cache, partial
-from math import inf
-from time import perf_counter
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,9 +21,11 @@ from .adapters import merge_adapter, recorded_template, scoring_fingerprint
 from .attention import choose_backend
 from .checkpoint import locate, open_checkpoint, read_tokenizer, read_weights
 from .corpus import read_corpus
+from .cpu import bfloat16_pays, prepacking_pays
 from .errors import ModelLoadError
 from .model import YesNoCrossEncoder
 from .packing import Budget, build_pack, merge_duplicates, plan_packs
+from .prepacked import PrepackedLinear, prepacked
 from .prompt import PromptTemplate
 from .quantised import Int8Linear, nf4_linear, replace_linears
 from .tokenization import PromptTokenizer
@@ -132,6 +132,7 @@ def load_model(
         self_test(network, tokenizer, backend, config.max_position_embeddings)
     if dtype == "int8":
         dtype_reason = quantise(network, tokenizer, backend)
+    matrices = "quantised" if dtype in ("int8", "nf4") else prepack(decoder, torch_device)
     return LoadedModel(
         network=network,
         tokenizer=tokenizer,
@@ -153,6 +154,7 @@ def load_model(
             "layers": "lean: in place, the last one for last tokens alone"
             if network.is_lean
             else "as transformers has them",
+            "matrices": matrices,
             "template": f"{tokenizer.template.id} ({tokenizer.template.hash[:12]})",
             "token budget": f"{max_batch_tokens} per pack",
             "head cache": "off, exact" if exact else f"{max_cached_tokens} tokens",
@@ -255,27 +257,6 @@ def _choose_dtype(dtype: str | None, device: torch.device, config: Any) -> tuple
     return torch.float32, reason
 
 
-@cache
-def bfloat16_pays() -> bool:
-    """Say whether this CPU multiplies bfloat16 clearly faster than float32.
-
-    Measured, because having the instructions is not enough: AVX512-BF16 doubles the rate of a Zen 4
-    and halves that of an Emerald Rapids without AMX.
-    """
-    capabilities = torch.cpu.get_capabilities()
-    if not (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")):
-        return False
-    seconds = {torch.float32: inf, torch.bfloat16: inf}
-    with torch.inference_mode():
-        for _ in range(5):
-            for dtype in seconds:
-                rows, weight = (torch.ones(n, 1024, dtype=dtype) for n in (256, 1024))
-                start = perf_counter()
-                torch.nn.functional.linear(rows, weight)
-                seconds[dtype] = min(seconds[dtype], perf_counter() - start)
-    return seconds[torch.bfloat16] < 0.8 * seconds[torch.float32]
-
-
 def quantise(network: YesNoCrossEncoder, tokenizer: PromptTokenizer, backend: str) -> str:
     """Round the layers' matrices to 8 bits; return what that does to scores, for `doctor`."""
     passages, queries = read_corpus()
@@ -292,6 +273,18 @@ def quantise(network: YesNoCrossEncoder, tokenizer: PromptTokenizer, backend: st
         f"asked for; log-odds of {len(exact)} sample pairs are {error:.2f} off float32's "
         f"(root mean square), which spread by {float(exact.std()):.2f}"
     )
+
+
+def prepack(decoder: Any, device: torch.device) -> str:
+    """Pack the layers' matrices where this CPU gains by it; return what was done, for `doctor`."""
+    if device.type != "cpu" or not prepacking_pays(decoder.dtype):
+        return "as torch has them"
+    replace_linears(decoder, prepacked)
+    for parameter in decoder.parameters():  # lets go of a file whose weights are here twice now
+        parameter.data = parameter.data.clone()
+    packed = [isinstance(each, PrepackedLinear) for each in decoder.layers.modules()]
+    left = [isinstance(each, torch.nn.Linear) for each in decoder.layers.modules()]
+    return f"{sum(packed)} packed for oneDNN, which is faster on this CPU, {sum(left)} left"
 
 
 @torch.inference_mode()

@@ -83,4 +83,4 @@ def replace_linears(decoder: Any, make: Callable[[Any], torch.nn.Module]) -> Non
         for module in list(layer.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, torch.nn.Linear):
-                    setattr(module, name, make(child))
+                    setattr(module, name, make(child).train(child.training))

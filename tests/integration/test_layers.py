@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from qwen3_reranker import model
+from qwen3_reranker import Reranker, loading, model
 from qwen3_reranker.loading import load_model
 from qwen3_reranker.packing import Group, Seat, build_pack
+from qwen3_reranker.prepacked import PrepackedLinear
 
 SHAPES = [[(9, [4])], [(9, [4, 30, 1]), (3, [2]), (40, [600, 7])]]
 
@@ -36,6 +37,33 @@ def test_lean_layers_equal_the_stock_ones(
     lean = loaded.network.score(pack)
     loaded.network.is_lean = False
     np.testing.assert_allclose(lean, loaded.network.score(pack), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_packed_matrices_change_no_score(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    folder, scores = str(checkpoint(dtype=dtype)), {}
+    for pays in (True, False):
+        monkeypatch.setattr(loading, "prepacking_pays", lambda dtype, pays=pays: pays)
+        with Reranker(folder, device="cpu", dtype=dtype) as reranker:
+            network = reranker.loaded.network
+            packs = isinstance(network.decoder.layers[0].mlp.up_proj, PrepackedLinear)
+            assert packs is pays
+            said = "28 packed for oneDNN" if pays else "as torch has them"
+            assert reranker.loaded.choices["matrices"].startswith(said)
+            scores[pays] = reranker.score("water", ["tea", "rain " * 90, "light", ""])
+            if pays:
+                held = Path("/proc/self/maps")
+                assert not held.exists() or folder not in held.read_text(), "weights are here twice"
+                pack = build_pack([Group(np.arange(5, dtype=np.int32),
+                                  [np.arange(3, dtype=np.int32)])], [Seat(0, (0,))],
+                                  backend="documents")  # fmt: skip
+                np.testing.assert_allclose(network.rescore(pack), network.score(pack), atol=0.1)
+    assert np.ptp(scores[True]) > 0.01
+    np.testing.assert_allclose(
+        scores[True], scores[False], atol=1e-5 if dtype == "float32" else 0.02
+    )
 
 
 @pytest.mark.parametrize("name", ["run_layer", "last_layer"])

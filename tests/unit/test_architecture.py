@@ -16,10 +16,12 @@ TORCH_FILES = {
     "adapters.py",
     "attention.py",
     "checkpoint.py",
+    "cpu.py",
     "doctor.py",
     "layers.py",
     "loading.py",
     "model.py",
+    "prepacked.py",
     "quantised.py",
     "varlen.py",
 }

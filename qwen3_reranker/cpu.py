@@ -1,0 +1,66 @@
+"""What this CPU multiplies fastest: measured, because to have instructions is not enough.
+
+Decides nothing for other devices. Knows nothing of checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from math import inf
+from time import perf_counter
+
+import torch
+
+from .prepacked import ERRORS, PrepackedLinear, prepacked
+
+
+@cache
+def bfloat16_pays() -> bool:
+    """Say whether this CPU multiplies bfloat16 clearly faster than float32.
+
+    AVX512-BF16 doubles the rate of a Zen 4 and halves that of an Emerald Rapids without AMX.
+    """
+    capabilities = torch.cpu.get_capabilities()
+    if not (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")):
+        return False
+    wide, narrow = _least_seconds([_layer(torch.float32), _layer(torch.bfloat16)])
+    return narrow < 0.8 * wide
+
+
+@cache
+def prepacking_pays(dtype: torch.dtype) -> bool:
+    """Say whether torch can pack weights of a dtype here, and they are clearly faster.
+
+    A Zen 4 gains a fifth in float32, an Emerald Rapids nothing.
+    """
+    if dtype not in ERRORS:
+        return False
+    plain = _layer(dtype)
+    try:
+        packed = prepacked(plain)
+    except (AttributeError, RuntimeError):
+        return False
+    if not isinstance(packed, PrepackedLinear):
+        return False
+    before, after = _least_seconds([plain, packed])
+    return after < 0.95 * before
+
+
+def _layer(dtype: torch.dtype) -> torch.nn.Linear:
+    layer = torch.nn.Linear(1024, 1024, bias=False, device="meta", dtype=dtype)
+    layer.weight = torch.nn.Parameter(torch.ones(1024, 1024, dtype=dtype), requires_grad=False)
+    return layer
+
+
+@torch.inference_mode()
+def _least_seconds(layers: Sequence[torch.nn.Linear | PrepackedLinear]) -> list[float]:
+    """Return the least seconds that each layer takes for 256 rows, in turn with the others."""
+    rows = [torch.ones(256, 1024, dtype=layer.weight.dtype) for layer in layers]
+    least = [inf] * len(layers)
+    for _ in range(5):
+        for place, layer in enumerate(layers):
+            start = perf_counter()
+            layer(rows[place])
+            least[place] = min(least[place], perf_counter() - start)
+    return least
