@@ -109,4 +109,4 @@ def test_layers_are_timed_in_turn() -> None:
         [layer("slow", lambda: torch.ones(400, 400) @ torch.ones(400, 400)), layer("fast", int)]
     )
     assert fast < slow
-    assert calls == ["slow", "fast"] * 5
+    assert calls == ["slow", "fast"] * 7
