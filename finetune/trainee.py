@@ -21,6 +21,7 @@ from qwen3_reranker import ModelLoadError, checkpoint, loading
 from qwen3_reranker.adapters import (
     ADAPTER_WEIGHTS,
     fingerprint,
+    no_alias_warning,
     recorded_template,
     refuse_other_base,
 )
@@ -223,6 +224,7 @@ def _with_lora(full: Any, settings: Any) -> Any:
             "Leave the setting out for all linear layers."
         )
     try:
-        return get_peft_model(full, settings)
+        with no_alias_warning():
+            return get_peft_model(full, settings)
     except ValueError as error:
         raise ModelLoadError(f"the LoRA settings do not fit the base: {error}") from error

@@ -10,7 +10,8 @@ import hashlib
 import json
 import logging
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -129,9 +130,7 @@ def merge_adapter(full: Any, folder: Path) -> Any:
     _refuse_adapter(full, folder)
     refuse_other_base(fingerprint(full), folder)
     try:
-        with warnings.catch_warnings():
-            # peft 0.21 reads an alias that transformers 5.23 deprecates.
-            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        with no_alias_warning():
             tuned = PeftModel.from_pretrained(full, folder)
         # By itself peft asks the Hub whether the vocabulary has grown; embeddings never train.
         wanted = set(get_peft_model_state_dict(tuned, save_embedding_layers=False))
@@ -145,6 +144,14 @@ def merge_adapter(full: Any, folder: Path) -> Any:
             f"adapter '{folder}' does not fit the base model ({type(error).__name__}). Load it on "
             "the base it was trained on."
         ) from error
+
+
+@contextmanager
+def no_alias_warning() -> Iterator[None]:
+    """Keep back what users cannot mend: peft 0.21 reads an alias that transformers deprecates."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        yield
 
 
 def _refuse_adapter(full: Any, folder: Path) -> None:

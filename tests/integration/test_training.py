@@ -43,6 +43,11 @@ def trainee(checkpoint: Callable[..., Path]) -> Callable[..., Trainee]:
     return load
 
 
+@pytest.mark.filterwarnings("error")  # what pyproject.toml lets pass, too
+def test_lora_on_a_base_warns_of_nothing(trainee: Callable[..., Trainee]) -> None:
+    assert any("lora_A" in name for name, _ in trainee().network.named_parameters())
+
+
 def rows(count: int, seed: int = 3) -> list[TrainingGroup]:
     """Ragged groups: 1 to 15 negatives, 1 to 3 positives."""
     rng = random.Random(seed)
