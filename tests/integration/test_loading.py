@@ -133,6 +133,8 @@ def test_default_dtype_on_cpu_is_float32_unless_bfloat16_pays(
     assert load_model(folder, device="cpu").network.decoder.dtype is torch.float32
     monkeypatch.setattr("qwen3_reranker.loading.bfloat16_pays", lambda: True)
     assert load_model(folder, device="cpu").network.decoder.dtype is torch.bfloat16
+    exact = load_model(str(checkpoint(dtype="float32")), device="cpu")
+    assert exact.choices["dtype"] == "float32 (exact; bfloat16 is faster on this CPU)"
 
 
 def test_head_row_stays_float32_in_half_precision(checkpoint: Callable[..., Path]) -> None:
