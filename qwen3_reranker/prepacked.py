@@ -44,8 +44,10 @@ class PrepackedLinear(torch.nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.nn.Linear:
         """Return a plain linear layer, which can be cast."""
-        copied = torch.nn.Linear(1, 1, bias=False, device="meta")
-        copied.weight = torch.nn.Parameter(self.weight.to_dense(), requires_grad=False)
+        weight = self.weight.to_dense()
+        outputs, inputs = weight.shape
+        copied = torch.nn.Linear(inputs, outputs, bias=False, device="meta")
+        copied.weight = torch.nn.Parameter(weight, requires_grad=False)
         if self.bias is not None:
             copied.bias = torch.nn.Parameter(self.bias.clone(), requires_grad=False)
         return copied
