@@ -43,6 +43,18 @@ def qwen3_tokenizer_file() -> Path:
     return target
 
 
+def skip_unless_packed(dtype: Any) -> None:
+    """Skip a test where oneDNN cannot pack the dtype: bfloat16 needs a CPU with AVX-512.
+
+    By what torch says of the CPU, so that packing that fails elsewhere fails its test.
+    """
+    import pytest
+    import torch
+
+    if dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this CPU's oneDNN has no bfloat16")
+
+
 def save_random_qwen3(
     folder: Path,
     *,

@@ -15,6 +15,7 @@ from qwen3_reranker import Reranker, loading, model
 from qwen3_reranker.loading import load_model
 from qwen3_reranker.packing import Group, Seat, build_pack
 from qwen3_reranker.prepacked import PrepackedLinear
+from tests.real_parts import skip_unless_packed
 
 SHAPES = [[(9, [4])], [(9, [4, 30, 1]), (3, [2]), (40, [600, 7])]]
 
@@ -43,6 +44,7 @@ def test_lean_layers_equal_the_stock_ones(
 def test_packed_matrices_change_no_score(
     checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
+    skip_unless_packed(getattr(torch, dtype))
     folder, scores = str(checkpoint(dtype=dtype)), {}
     for pays in (True, False):
         monkeypatch.setattr(loading, "prepacking_pays", lambda dtype, pays=pays: pays)

@@ -12,6 +12,7 @@ import torch
 from qwen3_reranker import cpu, prepacked
 from qwen3_reranker.cpu import prepacking_pays
 from qwen3_reranker.prepacked import ERRORS, PrepackedLinear
+from tests.real_parts import skip_unless_packed
 
 pays = prepacking_pays.__wrapped__
 
@@ -20,10 +21,7 @@ pays = prepacking_pays.__wrapped__
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     """Return a dtype that this CPU packs."""
     found: torch.dtype = request.param
-    try:
-        PrepackedLinear(make_linear(8, 8, found))(torch.ones(1, 8, dtype=found))
-    except (AttributeError, RuntimeError) as error:
-        pytest.skip(f"{found} cannot be packed here ({error})")
+    skip_unless_packed(found)
     return found
 
 
