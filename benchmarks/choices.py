@@ -1,7 +1,7 @@
-"""The measurements behind two constants: tokens per pack on CPU, and where masks stop paying.
+"""The measurements behind constants: tokens per pack on CPU, and how attention is computed there.
 
-Decides nothing itself; prints what `loading._CPU_BATCH_TOKENS` and `attention._skips_mask` were
-chosen by. Random weights and ids, process CPU seconds, minimum of interleaved rounds.
+Decides nothing itself; prints what `loading._CPU_BATCH_TOKENS` and the choices of `causal` were
+made by. Random weights and ids, process CPU seconds, minimum of interleaved rounds.
 """
 
 from __future__ import annotations
@@ -18,13 +18,22 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from qwen3_reranker import attention
+from qwen3_reranker import causal
 from qwen3_reranker.loading import load_model
-from qwen3_reranker.packing import Budget, Group, Pack, Seat, build_pack, plan_packs
+from qwen3_reranker.packing import Budget, Group, Pack, build_pack, plan_packs
 from tests.real_parts import QWEN3_0_6B, save_random_qwen3
 
 BUDGETS = (512, 1024, 2048, 4096, 8192)
-SHAPES = ((75, 39), (75, 130), (75, 500), (75, 2000), (1000, 60), (1000, 2000))
+SHAPES = (
+    (75, 39),
+    (75, 130),
+    (75, 500),
+    (75, 2000),
+    (1000, 60),
+    (1000, 2000),
+    (0, 700),
+    (0, 4000),
+)
 HEADS, KEY_HEADS, HEAD_SIZE = 16, 8, 128
 
 
@@ -69,42 +78,40 @@ def measure_budgets(rounds: int, num_documents: int) -> None:
         print(f"{name:>6}  {len(row):5d}  {tokens:6d}  {least[name]:5.2f}")
 
 
-def measure_masks(rounds: int) -> None:
-    """Print the cost of one layer's attention with a mask and without, by length."""
-    print("\nhead  document  masked ms  maskless ms   (two equal documents, float32, per call)")
+def measure_attention(rounds: int, dtype: torch.dtype) -> None:
+    """Print what one document's attention costs in a layer, by length and way."""
+    print(f"\n{dtype}, CPU ms per call\nbefore  document   masked  maskless    blocks")
     generator = torch.Generator().manual_seed(0)
-    for head, length in SHAPES:
-        ids = [np.zeros(n, np.int32) for n in (head, length, length)]
-        pack = build_pack([Group(ids[0], [*ids[1:]])], [Seat(0, (0, 1))], backend="documents")
+
+    def by_kernel(skips: bool, *tensors: torch.Tensor) -> None:
+        with patch.object(causal, "_skips_mask", lambda before, length: skips):
+            causal.tail_by_kernel(*tensors, HEAD_SIZE**-0.5)
+
+    for before, length in SHAPES:
         query, key, value = (
-            torch.randn(1, heads, len(pack.token_ids), HEAD_SIZE, generator=generator)
-            for heads in (HEADS, KEY_HEADS, KEY_HEADS)
-        )
-
-        def attend(
-            skips: bool,
-            tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = (query, key, value),
-            pack: Pack = pack,
-        ) -> None:
-            with patch.object(attention, "_skips_mask", lambda head, length: skips):
-                attention.BACKENDS["documents"](*tensors, pack.spans[0], None, HEAD_SIZE**-0.5)
-
-        least = fastest(
-            {"masked": partial(attend, False), "maskless": partial(attend, True)}, rounds
-        )
-        print(
-            f"{head:4d}  {length:8d}  {1e3 * least['masked']:9.1f}  {1e3 * least['maskless']:11.1f}"
-        )
+            torch.randn(1, tokens, heads, HEAD_SIZE, generator=generator).transpose(1, 2).to(dtype)
+            for tokens, heads in (
+                (length, HEADS), (before + length, KEY_HEADS), (before + length, KEY_HEADS)
+            )
+        )  # fmt: skip
+        ways = {
+            "masked": partial(by_kernel, False, query, key, value),
+            "maskless": partial(by_kernel, True, query, key, value),
+            "blocks": partial(causal.tail_in_blocks, query, key, value, HEAD_SIZE**-0.5),
+        }
+        times = "  ".join(f"{1e3 * seconds:8.1f}" for seconds in fastest(ways, rounds).values())
+        print(f"{before:6d}  {length:8d} {times}", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print both tables."""
+    """Print all tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.choices", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--documents", type=int, default=50)
     args = parser.parse_args(argv)
     with torch.inference_mode():
-        measure_masks(args.rounds)
+        for dtype in (torch.float32, torch.bfloat16):
+            measure_attention(args.rounds, dtype)
         measure_budgets(args.rounds, args.documents)
     return 0
 

@@ -87,10 +87,11 @@ class Workload:
     queries: int = 1
 
 
-def _spread(count: int, mean: int, shortest: int, longest: int) -> list[int]:
-    """Return log-normal lengths; the median lies 8 % below the mean."""
-    median = mean / 1.09
-    sigma = float(np.sqrt(2 * np.log(mean / median)))
+def _spread(
+    count: int, mean: int, shortest: int, longest: int, *, sigma: float = 0.415
+) -> list[int]:
+    """Return log-normal lengths."""
+    median = mean / np.exp(sigma**2 / 2)
     lengths: list[int] = spread_lengths(
         count, median=median, sigma=sigma, shortest=shortest, longest=longest
     ).tolist()
@@ -98,7 +99,9 @@ def _spread(count: int, mean: int, shortest: int, longest: int) -> list[int]:
 
 
 WORKLOADS = {
-    "w1": Workload("100 documents of about 120 tokens", _spread(100, 120, 40, 400)),
+    # Of 100 documents the longest has 400 tokens. Padding costs more the wider lengths are spread.
+    "w1": Workload("100 documents of about 120 tokens", _spread(100, 120, 40, 400, sigma=0.52)),
+    "w1-narrow": Workload("the same, the longest has 320", _spread(100, 120, 40, 400)),
     "w2": Workload("20 documents of about 500 tokens", _spread(20, 500, 200, 1200)),
     "w3": Workload("50 documents of about 30 tokens", _spread(50, 30, 10, 90)),
     "w4": Workload("4 documents of 2,000 to 6,000 tokens", [2000, 3500, 4500, 6000]),

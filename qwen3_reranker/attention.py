@@ -3,9 +3,6 @@
 One function is registered with transformers under one name; the pack travels in its `pack`
 keyword and names its backend, so no setting of a model or of the library is ever changed. Without
 a pack the function is the library's own causal attention. Knows nothing of text, ids or scores.
-
-`is_causal` is never used where queries and keys differ in number: torch aligns that mask at the
-top left on CPU, so a document would lose sight of its own beginning.
 """
 
 from __future__ import annotations
@@ -17,12 +14,12 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from . import varlen
+from .causal import attend_tail, blocks_pay, tail_mask
 from .head_cache import KeyValues
 from .packing import Group, Pack, Seat, Span, build_pack
 
@@ -97,7 +94,7 @@ def packed_attention(
     attend = BACKENDS[prepared.pack.backend]
     spans = zip(prepared.pack.spans, outside, strict=True)
     outputs = [attend(query, key, value, span, beginning, scaling) for span, beginning in spans]
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+    return torch.cat(outputs, dim=1), None
 
 
 def _attend_documents(
@@ -108,7 +105,7 @@ def _attend_documents(
     outside: Outside,
     scaling: float,
 ) -> torch.Tensor:
-    """One kernel call per document over [head; document], without padding."""
+    """Each document by itself over [head; document], without padding."""
     row = slice(span.head.start, span.documents[-1].stop)
     lengths = [part.stop - part.start for part in (span.head, *span.documents)]
     if len(span.documents) == 1:  # it may be long, and its head needs no call of its own
@@ -121,37 +118,14 @@ def _attend_documents(
         k_head, v_head = _behind(outside, k_head, v_head)
     outputs = []
     if lengths[0]:
-        mask = _tail_mask(q_head, k_head.shape[2] - lengths[0], lengths[0])
-        outputs.append(_attend_tail(q_head, k_head, v_head, mask, scaling))
+        outputs.append(attend_tail(q_head, k_head, v_head, scaling))
     before = k_head.shape[2]
-    longest = max((n for n in lengths[1:] if not _skips_mask(before, n)), default=0)
-    mask = _tail_mask(query, before, longest)
     for own, own_keys, own_values in zip(queries, keys, values, strict=True):
         seen = torch.cat([k_head, own_keys], dim=2) if before else own_keys
         read = torch.cat([v_head, own_values], dim=2) if before else own_values
-        outputs.append(_attend_tail(own, seen, read, mask, scaling))
-    return torch.cat(outputs, dim=2)
-
-
-def _attend_tail(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor,
-    scaling: float,
-) -> torch.Tensor:
-    """Return the last rows of causal attention over the keys: those of the queries given.
-
-    Without a mask the kernel skips the upper triangle, but is aligned at the top left, so that
-    rows are needed for the keys before: of zeros, and thrown away.
-    """
-    length, before = query.shape[2], key.shape[2] - query.shape[2]
-    if not before:
-        return _causal(query, key, value, scaling)
-    if _skips_mask(before, length):
-        return _causal(pad(query, (0, 0, before, 0)), key, value, scaling)[:, :, before:]
-    corner = mask[:length, : before + length]
-    return sdpa(query, key, value, attn_mask=corner, scale=scaling, enable_gqa=True)
+        outputs.append(attend_tail(own, seen, read, scaling))
+    # Kernels leave heads beside each other, so that joined in this order they are copied once.
+    return torch.cat([output.transpose(1, 2) for output in outputs], dim=1)
 
 
 def _behind(
@@ -159,20 +133,6 @@ def _behind(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return keys and values with those of the head's beginning before them."""
     return torch.cat([outside[0], key], dim=2), torch.cat([outside[1], value], dim=2)
-
-
-def _tail_mask(like: torch.Tensor, before: int, length: int) -> torch.Tensor:
-    """Return what `length` tokens see after `before` others; fewer tokens use a corner."""
-    return like.new_ones(length, before + length, dtype=torch.bool).tril(before)
-
-
-def _skips_mask(before: int, length: int) -> bool:
-    """Say whether a document is attended together with rows for what it follows, unmasked.
-
-    That the kernel then skips the upper triangle pays for those rows: `python -m
-    benchmarks.choices` finds both equal at 500 tokens, and this ahead beyond.
-    """
-    return length >= max(512, 2 * before)
 
 
 def _attend_padded(
@@ -206,17 +166,14 @@ def _attend_padded(
         query[0][:, own].transpose(0, 1),
         keys,
         values,
-        attn_mask=_tail_mask(query, num_head, len(offset)),
+        attn_mask=tail_mask(query, num_head, len(offset)),
         scale=scaling,
     )  # (documents, heads, longest, head size); padded rows hold copies that are dropped here
-    documents = output.transpose(1, 2)[offset < lengths[:, None]].transpose(0, 1)[None]
+    documents = output.transpose(1, 2)[offset < lengths[:, None]][None]
     if not head:
         return documents
-    rows = _attend_tail(
-        query[:, :, :head], key[:, :, :num_head], value[:, :, :num_head],
-        _tail_mask(query, num_outside, head), scaling,
-    )  # fmt: skip
-    return torch.cat([rows, documents], dim=2)
+    rows = attend_tail(query[:, :, :head], key[:, :, :num_head], value[:, :, :num_head], scaling)
+    return torch.cat([rows.transpose(1, 2), documents], dim=1)
 
 
 def _attend_varlen(
@@ -293,12 +250,6 @@ def check_varlen(device: torch.device, dtype: torch.dtype, sizes: tuple[int, int
     return ""
 
 
-def _causal(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
-) -> torch.Tensor:
-    return sdpa(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
-
-
 Backend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Span, Outside, float], torch.Tensor]
 
 BACKENDS: dict[str, Backend] = {"documents": _attend_documents, "padded": _attend_padded}
@@ -315,7 +266,8 @@ def choose_backend(
         sizes: Heads, key heads and head size.
     """
     if device.type == "cpu":
-        return "documents", "CPU: one unpadded kernel call per document"
+        how = ", in blocks, which is faster on this CPU" if blocks_pay(dtype) else ""
+        return "documents", f"CPU: each document by itself, unpadded{how}"
     if device.type != "cuda":
         return "padded", f"{device.type}: masked attention runs everywhere, untested here"
     if dtype is torch.float32:

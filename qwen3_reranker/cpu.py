@@ -5,7 +5,7 @@ Decides nothing for other devices. Knows nothing of checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from math import inf
 from time import thread_time
@@ -24,7 +24,9 @@ def bfloat16_pays() -> bool:
     capabilities = torch.cpu.get_capabilities()
     if not (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")):
         return False
-    wide, narrow = _least_seconds([_layer(torch.float32), _layer(torch.bfloat16)])
+    wide, narrow = least_seconds(
+        [_trial(_layer(dtype)) for dtype in (torch.float32, torch.bfloat16)]
+    )
     return narrow < 0.8 * wide
 
 
@@ -43,8 +45,23 @@ def prepacking_pays(dtype: torch.dtype) -> bool:
         return False
     if not isinstance(packed, PrepackedLinear):
         return False
-    before, after = _least_seconds([plain, packed])
+    before, after = least_seconds([_trial(plain), _trial(packed)])
     return after < 0.95 * before
+
+
+@torch.inference_mode()
+def least_seconds(calls: Sequence[Callable[[], object]]) -> list[float]:
+    """Return the least seconds that each call takes, in turn with the others.
+
+    Of this thread alone, so that other work on the machine does not decide.
+    """
+    least = [inf] * len(calls)
+    for _ in range(7):
+        for place, call in enumerate(calls):
+            start = thread_time()
+            call()
+            least[place] = min(least[place], thread_time() - start)
+    return least
 
 
 def _layer(dtype: torch.dtype) -> torch.nn.Linear:
@@ -53,17 +70,7 @@ def _layer(dtype: torch.dtype) -> torch.nn.Linear:
     return layer
 
 
-@torch.inference_mode()
-def _least_seconds(layers: Sequence[torch.nn.Linear | PrepackedLinear]) -> list[float]:
-    """Return the least seconds that each layer takes for 128 rows, in turn with the others.
-
-    Of this thread alone, so that other work on the machine does not decide.
-    """
-    rows = [torch.ones(128, 1024, dtype=layer.weight.dtype) for layer in layers]
-    least = [inf] * len(layers)
-    for _ in range(7):
-        for place, layer in enumerate(layers):
-            start = thread_time()
-            layer(rows[place])
-            least[place] = min(least[place], thread_time() - start)
-    return least
+def _trial(layer: torch.nn.Linear | PrepackedLinear) -> Callable[[], object]:
+    """Return a call of the layer with 128 rows."""
+    rows = torch.ones(128, 1024, dtype=layer.weight.dtype)
+    return lambda: layer(rows)

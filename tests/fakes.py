@@ -99,16 +99,13 @@ def leaking(query: Any, key: Any, value: Any, span: Any, outside: Any, scaling: 
     """Attend so that documents see their neighbours: an attention backend that must be noticed."""
     import torch
 
-    from qwen3_reranker.attention import _attend_tail, _tail_mask
+    from qwen3_reranker.causal import attend_tail
 
     row = slice(span.head.start, span.documents[-1].stop)
     query, key, value = (tensor[:, :, row] for tensor in (query, key, value))
-    before = 0
     if outside is not None:
-        before = outside[0].shape[2]
         key, value = (torch.cat(both, dim=2) for both in zip(outside, (key, value), strict=True))
-    mask = _tail_mask(query, before, query.shape[2])
-    return _attend_tail(query, key, value, mask, scaling)
+    return attend_tail(query, key, value, scaling).transpose(1, 2)
 
 
 def replace_load_model(monkeypatch: pytest.MonkeyPatch, load: Callable[..., Any]) -> None:

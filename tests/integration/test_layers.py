@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from qwen3_reranker import Reranker, loading, model
+from qwen3_reranker import Reranker, attention, causal, loading, model
 from qwen3_reranker.loading import load_model
 from qwen3_reranker.packing import Group, Seat, build_pack
 from qwen3_reranker.prepacked import PrepackedLinear
@@ -38,6 +38,21 @@ def test_lean_layers_equal_the_stock_ones(
     lean = loaded.network.score(pack)
     loaded.network.is_lean = False
     np.testing.assert_allclose(lean, loaded.network.score(pack), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 0.2)])
+def test_attention_in_blocks_changes_no_score(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, dtype: str, bound: float
+) -> None:
+    scores = {}
+    for pays in (True, False):
+        for module in (attention, causal):
+            monkeypatch.setattr(module, "blocks_pay", lambda dtype, pays=pays: pays)
+        with Reranker(str(checkpoint(dtype=dtype)), device="cpu", dtype=dtype) as reranker:
+            assert ("in blocks" in reranker.loaded.choices["attention"]) is pays
+            results = reranker.rank("water", ["tea", "rain " * 90, "light", "", "snow " * 700])
+            scores[pays] = {result.index: result.log_odds for result in results}
+    assert max(abs(scores[True][i] - scores[False][i]) for i in range(5)) <= bound
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 TORCH_FILES = {
     "adapters.py",
     "attention.py",
+    "causal.py",
     "checkpoint.py",
     "cpu.py",
     "doctor.py",

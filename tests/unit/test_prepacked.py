@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -76,7 +75,7 @@ def test_torch_that_cannot_pack_is_left_alone(
     def fail(linear: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(cpu, "_least_seconds", lambda layers: [1.0, 0.1])
+    monkeypatch.setattr(cpu, "least_seconds", lambda calls: [1.0, 0.1])
     monkeypatch.setattr(cpu, "prepacked", fail)
     assert not pays(torch.float32)
 
@@ -85,26 +84,21 @@ def test_torch_that_cannot_pack_is_left_alone(
 def test_packing_pays_where_it_is_clearly_faster(
     monkeypatch: pytest.MonkeyPatch, after: float, expected: bool
 ) -> None:
-    monkeypatch.setattr(cpu, "_least_seconds", lambda layers: [1.0, after])
+    monkeypatch.setattr(cpu, "least_seconds", lambda calls: [1.0, after])
     assert pays(torch.float32) is expected
     assert not pays(torch.float16), "of no dtype that is not packed"
 
 
-def test_layers_are_timed_in_turn() -> None:
+def test_calls_are_timed_in_turn() -> None:
     calls: list[str] = []
 
-    def layer(name: str, wait: Callable[[], object]) -> Any:
-        class Layer(torch.nn.Module):
-            weight = torch.zeros(())
+    def slow() -> None:
+        calls.append("slow")
+        torch.ones(400, 400) @ torch.ones(400, 400)
 
-            def forward(self, rows: torch.Tensor) -> None:
-                calls.append(name)
-                wait()
+    def fast() -> None:
+        calls.append("fast")
 
-        return Layer()
-
-    slow, fast = cpu._least_seconds(
-        [layer("slow", lambda: torch.ones(400, 400) @ torch.ones(400, 400)), layer("fast", int)]
-    )
-    assert fast < slow
+    of_slow, of_fast = cpu.least_seconds([slow, fast])
+    assert of_fast < of_slow
     assert calls == ["slow", "fast"] * 7

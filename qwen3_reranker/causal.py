@@ -1,0 +1,127 @@
+"""The last rows of causal attention: a document's, that sees its head and itself.
+
+`is_causal` is never used where queries and keys differ in number: torch aligns that mask at the
+top left on CPU, so a document would lose sight of its own beginning. Knows nothing of packs.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch.nn.functional import pad
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from .cpu import least_seconds
+
+_BLOCK = 64
+"""Queries whose scores are computed at once: fewer make small products, more see keys in vain."""
+
+_BLOCK_BYTES = 2 * 2**20
+"""Of a block's scores for each thread, which stay in its cache; heads take turns beyond."""
+
+_LONGEST_IN_BLOCKS = 768
+"""Tokens of a document. One thread gains by blocks up to 2,000 and more, two gain no more here."""
+
+
+def attend_tail(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Return the last rows of causal attention over the keys: those of the queries given.
+
+    Args:
+        query: Shape (1, heads, queries, head size).
+        key: Shape (1, key heads, keys, head size), as many keys as queries or more.
+        value: As `key`.
+        scaling: Factor of the scores before the softmax.
+
+    Returns:
+        Shape (1, heads, queries, head size).
+    """
+    in_blocks = (
+        query.device.type == "cpu"
+        and torch.is_inference_mode_enabled()  # gradients would keep every block's scores
+        and query.shape[2] <= _LONGEST_IN_BLOCKS
+        and blocks_pay(query.dtype)
+    )
+    return (tail_in_blocks if in_blocks else tail_by_kernel)(query, key, value, scaling)
+
+
+def tail_mask(like: torch.Tensor, before: int, length: int) -> torch.Tensor:
+    """Return what `length` tokens see after `before` others, shape (length, before + length)."""
+    return like.new_ones(length, before + length, dtype=torch.bool).tril(before)
+
+
+def tail_by_kernel(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Compute `attend_tail` by torch's fused kernel.
+
+    Without a mask the kernel skips the upper triangle, but is aligned at the top left, so that
+    rows are needed for the keys before: of zeros, and thrown away.
+    """
+    length, before = query.shape[2], key.shape[2] - query.shape[2]
+    if before and not _skips_mask(before, length):
+        mask = tail_mask(query, before, length)
+        return sdpa(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True)
+    padded = pad(query, (0, 0, before, 0)) if before else query
+    output = sdpa(padded, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+    return output[:, :, before:]
+
+
+def _skips_mask(before: int, length: int) -> bool:
+    """Say whether a document is attended together with rows for what it follows, unmasked.
+
+    That the kernel then skips the upper triangle pays for those rows: `python -m
+    benchmarks.choices` finds both equal at 500 tokens, and this ahead beyond.
+    """
+    return length >= max(512, 2 * before)
+
+
+def tail_in_blocks(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Compute `attend_tail` by plain products, each block of queries with the keys it sees.
+
+    The kernel multiplies in small tiles and computes all that a mask then hides. As there, scores
+    and softmax are float32 and probabilities are rounded to the values' dtype.
+    """
+    _, heads, length, size = query.shape
+    _, key_heads, num_keys, _ = key.shape
+    per_key, before = heads // key_heads, num_keys - length
+    num_blocks = -(-length // _BLOCK)
+    rows = -(-length // num_blocks)  # even blocks: a last one of a few rows costs like a whole one
+    hidden = query.new_full((rows, rows), -torch.inf, dtype=torch.float32).triu_(1)
+    room = _BLOCK_BYTES * torch.get_num_threads()
+    at_once = max(1, room // (4 * per_key * rows * num_keys))
+    output = torch.empty_like(query)
+    for first in range(0, key_heads, at_once):
+        turned = key[0, first : first + at_once].float().transpose(1, 2)
+        values = value[0, first : first + at_once]
+        asking = slice(first * per_key, (first + len(values)) * per_key)
+        for start in range(0, length, rows):
+            stop = min(start + rows, length)
+            seen, num = before + stop, stop - start
+            block = query[0, asking, start:stop].float() * scaling
+            block = block.reshape(len(values), -1, size)
+            scores = torch.bmm(block, turned[:, :, :seen])  # (key heads, heads of each * num, seen)
+            scores.view(-1, num, seen)[:, :, before + start :].add_(hidden[:num, :num])
+            torch.softmax(scores, dim=-1, out=scores)
+            attended = torch.bmm(scores.to(value.dtype), values[:, :seen])
+            output[0, asking, start:stop] = attended.view(-1, num, size)
+    return output
+
+
+@cache
+@torch.inference_mode()
+def blocks_pay(dtype: torch.dtype) -> bool:
+    """Say whether blocks are clearly faster than torch's kernel on this CPU, by a trial.
+
+    A Zen 4 spares a third of attention's time in bfloat16 and a fifth in float32.
+    """
+    query = torch.ones(1, 16, 200, 128, dtype=dtype)
+    key = torch.ones(1, 8, 275, 128, dtype=dtype)
+    kernel, blocks = least_seconds(
+        [lambda: tail_by_kernel(query, key, key, 1.0), lambda: tail_in_blocks(query, key, key, 1.0)]
+    )
+    return blocks < 0.95 * kernel

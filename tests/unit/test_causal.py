@@ -1,0 +1,111 @@
+"""The last rows of causal attention: both ways to compute them, and which one is taken."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from qwen3_reranker import causal
+
+WAYS = {"kernel": causal.tail_by_kernel, "blocks": causal.tail_in_blocks}
+LENGTHS = [(1, 0), (1, 9), (63, 0), (64, 75), (65, 75), (130, 1), (300, 700), (700, 30)]
+"""Queries, and keys before them: of whole blocks, of a token more, past the maskless limit."""
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+def draw(
+    length: int, before: int, dtype: torch.dtype = torch.float32, heads: tuple[int, int] = (4, 2)
+) -> list[torch.Tensor]:
+    """Queries as layers leave them, heads of a token beside each other; keys; values."""
+    generator = torch.Generator().manual_seed(length)
+    num_keys = before + length
+    return [
+        torch.randn(1, tokens, count, 16, generator=generator).transpose(1, 2).to(dtype)
+        for tokens, count in ((length, heads[0]), (num_keys, heads[1]), (num_keys, heads[1]))
+    ]
+
+
+def by_definition(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    query, key, value = query.float(), key.float(), value.float()
+    key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
+    scores = query @ key.transpose(2, 3) / math.sqrt(16)
+    length, num_keys = scores.shape[2:]
+    sees = torch.ones(length, num_keys, dtype=torch.bool).tril(num_keys - length)
+    return scores.masked_fill(~sees, -torch.inf).softmax(-1) @ value
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 2), (4, 1)])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("length", "before"), LENGTHS)
+def test_both_ways_equal_the_definition(
+    way: str, length: int, before: int, heads: tuple[int, int]
+) -> None:
+    inputs = draw(length, before, heads=heads)
+    kept = [tensor.clone() for tensor in inputs]
+    output = WAYS[way](*inputs, 0.25)
+    torch.testing.assert_close(output, by_definition(*inputs), atol=2e-6, rtol=1e-5)
+    assert all(map(torch.equal, inputs, kept)), "inputs are read again"
+
+
+@pytest.mark.parametrize("most", [0, 50_000, 10**9])
+def test_heads_that_take_turns_change_nothing(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = draw(200, 75, heads=(12, 6))
+    monkeypatch.setattr(causal, "_BLOCK_BYTES", most)
+    output = causal.tail_in_blocks(*inputs, 0.25)
+    torch.testing.assert_close(output, by_definition(*inputs), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("length", "before"), LENGTHS)
+def test_half_precision_is_as_near_as_the_kernel(
+    length: int, before: int, dtype: torch.dtype
+) -> None:
+    inputs = draw(length, before, dtype)
+    expected = by_definition(*inputs)
+    off = {name: (way(*inputs, 0.25) - expected).abs().mean() for name, way in WAYS.items()}
+    # Scores rounded to bfloat16, as plain products leave them, are off four times as much.
+    assert off["blocks"] <= 1.5 * off["kernel"]
+
+
+def test_scores_past_half_precision_do_not_overflow() -> None:
+    query, key, value = (tensor * 40 for tensor in draw(70, 5, torch.float16))
+    for way in WAYS.values():
+        output = way(query * 40, key * 40, value, 1.0)  # scores of some millions
+        assert output.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("pays", "length", "is_inference", "expected"),
+    [
+        (True, 768, True, "blocks"),
+        (True, 769, True, "kernel"),
+        (False, 100, True, "kernel"),
+        (True, 100, False, "kernel"),
+    ],
+)
+def test_blocks_are_taken_for_serving_where_they_pay(
+    pays: bool, length: int, is_inference: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+    for name in ("tail_by_kernel", "tail_in_blocks"):
+        monkeypatch.setattr(causal, name, lambda q, k, v, s, name=name: taken.append(name))
+    monkeypatch.setattr(causal, "blocks_pay", lambda dtype: pays)
+    with torch.inference_mode(is_inference):
+        causal.attend_tail(*draw(length, 0), 0.25)
+    assert taken[0].endswith(expected)
+
+
+@pytest.mark.parametrize(("blocks", "expected"), [(0.94, True), (0.96, False), (1.1, False)])
+def test_blocks_pay_where_they_are_clearly_faster(
+    blocks: float, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(causal, "least_seconds", lambda calls: [1.0, blocks])
+    assert causal.blocks_pay.__wrapped__(torch.float32) is expected
