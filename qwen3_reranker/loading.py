@@ -27,7 +27,7 @@ from .model import YesNoCrossEncoder
 from .packing import Budget, build_pack, merge_duplicates, plan_packs
 from .prepacked import PrepackedLinear, prepacked
 from .prompt import PromptTemplate
-from .quantised import Int8Linear, nf4_linear, replace_linears
+from .quantised import Int8Linear, replace_linears, weights_alone
 from .tokenization import PromptTokenizer
 
 logger = logging.getLogger(__name__)
@@ -110,8 +110,9 @@ def load_model(
     fingerprint = scoring_fingerprint(full, head)
     decoder = full.base_model
     del full
-    if dtype == "nf4":
-        replace_linears(decoder, partial(nf4_linear, device=torch_device))
+    of_weights = weights_alone(dtype, torch_device)
+    if of_weights is not None:
+        replace_linears(decoder, partial(of_weights, device=torch_device))
     network = YesNoCrossEncoder(
         cast_weights(decoder, torch_device, serving_dtype).eval().requires_grad_(False),
         head.to(torch_device),
@@ -120,7 +121,7 @@ def load_model(
     backend, backend_reason = choose_backend(torch_device, serving_dtype, attention_sizes(config))
     if max_batch_tokens is None:
         max_batch_tokens = default_batch_tokens(torch_device, config, serving_dtype)
-    network.is_lean = torch_device.type == "cpu"
+    network.is_lean = torch_device.type in ("cpu", "cuda")
     try:
         self_test(network, tokenizer, backend, config.max_position_embeddings)
     except Exception as error:
@@ -130,7 +131,7 @@ def load_model(
                        type(error).__name__)  # fmt: skip
         network.is_lean = False
         self_test(network, tokenizer, backend, config.max_position_embeddings)
-    if dtype == "int8":
+    if dtype == "int8" and of_weights is None:
         dtype_reason = quantise(network, tokenizer, backend)
     matrices = "quantised" if dtype in ("int8", "nf4") else prepack(decoder, torch_device)
     return LoadedModel(
@@ -151,9 +152,7 @@ def load_model(
             "device": str(torch_device),
             "dtype": f"{dtype or str(serving_dtype).removeprefix('torch.')} ({dtype_reason})",
             "attention": f"{backend} ({backend_reason})",
-            "layers": "lean: in place, the last one for last tokens alone"
-            if network.is_lean
-            else "as transformers has them",
+            "layers": "lean: in place" if network.is_lean else "as transformers has them",
             "matrices": matrices,
             "template": f"{tokenizer.template.id} ({tokenizer.template.hash[:12]})",
             "token budget": f"{max_batch_tokens} per pack",
@@ -237,15 +236,12 @@ def _choose_device(device: str | None) -> torch.device:
 
 def _choose_dtype(dtype: str | None, device: torch.device, config: Any) -> tuple[torch.dtype, str]:
     """Return the dtype of what is not quantised, and why."""
-    if dtype == "int8":
-        if device.type != "cpu":
-            raise ModelLoadError(
-                f"dtype 'int8' runs on a CPU alone, got device '{device}'. Use 'bfloat16' there."
-            )
-        return torch.float32, ""
-    if dtype == "nf4":
+    if weights_alone(dtype, device) is not None:
         own, _ = _choose_dtype(None, device, config)
-        return own, f"asked for; 4 bits a weight, computed in {str(own).removeprefix('torch.')}"
+        bits = 4 if dtype == "nf4" else 8
+        return own, f"asked for; {bits} bits a weight, computed in {str(own).split('.')[1]}"
+    if dtype == "int8":
+        return torch.float32, ""
     if dtype is not None:
         return DTYPES[dtype], "asked for"
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32

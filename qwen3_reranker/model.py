@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from .attention import Prepared, prepare
 from .head_cache import HeadCache, KeyValues
-from .layers import last_layer, run_layer
+from .layers import Rotary, last_layer, run_layer
 from .packing import Pack
 from .tokenization import TokenIds
 
@@ -135,22 +135,29 @@ class YesNoCrossEncoder(torch.nn.Module):
     ) -> torch.Tensor:
         prepared = None if pack is None else self._prepare(pack)
         hidden, positions, rotary = self._embed(token_ids, position_ids)
-        layers = self.decoder.layers
         if self.is_lean and prepared is not None:
-            for layer in layers[:-1]:
-                hidden = run_layer(layer, hidden, rotary, prepared)
-            last = last_layer(layers[-1], hidden, rotary, prepared)
+            last = self._run_lean(hidden, rotary, prepared)
         else:
-            for layer in layers:
+            for layer in self.decoder.layers:
                 hidden = _run_stock_layer(layer, hidden, positions, rotary, prepared=prepared)
             last = hidden[0, last_tokens]
         with torch.autocast(self.device.type, enabled=False):
             normed: torch.Tensor = self.decoder.norm(last.float())
         return normed
 
+    def _run_lean(self, hidden: torch.Tensor, rotary: Rotary, prepared: Prepared) -> torch.Tensor:
+        """Return what the last layer computes of each document's last token."""
+        *layers, final = self.decoder.layers
+        for layer in layers:
+            hidden = run_layer(layer, hidden, rotary, prepared)
+        # The shorter last layer calls a kernel for each document, which is cheap on a CPU alone.
+        if prepared.pack.backend == "documents":
+            return last_layer(final, hidden, rotary, prepared)
+        return run_layer(final, hidden, rotary, prepared)[0, prepared.pack.last_tokens]
+
     def _embed(
         self, token_ids: NDArray[np.int64], position_ids: NDArray[np.int64]
-    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    ) -> tuple[torch.Tensor, torch.Tensor, Rotary]:
         """Return hidden states (1, tokens, hidden), positions (1, tokens), cosines and sines."""
         positions = torch.from_numpy(position_ids).to(self.device)[None]
         hidden = self.decoder.embed_tokens(torch.from_numpy(token_ids).to(self.device)[None])
@@ -176,7 +183,7 @@ def _run_stock_layer(
     layer: Any,
     hidden: torch.Tensor,
     positions: torch.Tensor,
-    rotary: tuple[torch.Tensor, torch.Tensor],
+    rotary: Rotary,
     **attention: Any,
 ) -> torch.Tensor:
     """Return the layer's output, shape (1, tokens, hidden); `attention` reaches our function."""

@@ -1,9 +1,10 @@
-"""Linear layers in 8 bits, which a CPU multiplies faster, and in 4, of which more fit a GPU.
+"""Linear layers in 8 bits, which a CPU multiplies faster, and in 8 or 4, of which more fit a GPU.
 
-In 8 bits weights are rounded once, with a scale per output; activations as they come, with a scale
-per token (vector-wise quantisation, Dettmers et al. 2022, without outliers kept apart). 4 bits are
-bitsandbytes' NormalFloat (Dettmers et al. 2023): weights only, and no faster. Only the layers'
-matrices: norms, attention and the yes/no row stay what they are. Knows nothing of packs or scores.
+In 8 bits weights are rounded once, with a scale per output; on a CPU activations, too, as they
+come, with a scale per token (vector-wise quantisation, Dettmers et al. 2022; its outliers are left
+out, because which they are depends on a token's company). 4 bits are bitsandbytes' NormalFloat
+(Dettmers et al. 2023): weights only. Weights alone are no faster. Only the layers' matrices: norms,
+attention and the yes/no row stay what they are. Knows nothing of packs or scores.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn.functional import linear as multiply
 
 from .errors import MissingExtraError
 
@@ -32,9 +34,7 @@ class Int8Linear(torch.nn.Module):
 
     def __init__(self, linear: Any) -> None:
         super().__init__()
-        weight = linear.weight.detach().float()
-        scale = weight.abs().amax(dim=1).clamp(min=_TINY) / _LARGEST  # (outputs,)
-        small = (weight / scale[:, None]).round().to(torch.int8)
+        small, scale = _round_rows(linear.weight)
         # The product is a third faster with the factor that never changes laid out by inputs.
         self.register_buffer("weight", small.t().contiguous())  # (inputs, outputs)
         self.register_buffer("scale", scale)
@@ -53,6 +53,38 @@ class Int8Linear(torch.nn.Module):
         if self.bias is not None:
             output.add_(self.bias)
         return output.view(*inputs.shape[:-1], -1)
+
+
+class Int8Weights(torch.nn.Module):
+    """A linear layer whose weight alone lies in 8 bits; it computes in its input's dtype.
+
+    Args:
+        linear: Has a `weight` of shape (outputs, inputs) and a `bias` or None.
+        device: Where the layer goes; the linear layer stays where it is.
+    """
+
+    weight: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, linear: Any, device: torch.device) -> None:
+        super().__init__()
+        small, scale = _round_rows(linear.weight)
+        self.register_buffer("weight", small.to(device))
+        self.register_buffer("scale", scale.to(device))
+        self.bias = linear.bias
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return shape (..., outputs) of inputs of shape (..., inputs)."""
+        # Scaled before the product, which in float16 could overflow without.
+        weight = self.weight.to(inputs.dtype).mul_(self.scale[:, None])
+        return multiply(inputs, weight, self.bias)
+
+
+def _round_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return int8, shape (outputs, inputs), and float32 scales, shape (outputs,)."""
+    weight = weight.detach().float()
+    scale = weight.abs().amax(dim=1).clamp(min=_TINY) / _LARGEST
+    return (weight / scale[:, None]).round().to(torch.int8), scale
 
 
 def nf4_linear(linear: Any, device: torch.device) -> torch.nn.Module:
@@ -75,6 +107,13 @@ def nf4_linear(linear: Any, device: torch.device) -> torch.nn.Module:
     small.support_avx512bf16_for_cpu = False
     rounded: torch.nn.Module = small.to(device)
     return rounded
+
+
+def weights_alone(dtype: str | None, device: torch.device) -> Callable[..., Any] | None:
+    """Return what makes a layer of which the weights alone are quantised, if the dtype is one."""
+    if dtype == "nf4":
+        return nf4_linear
+    return Int8Weights if dtype == "int8" and device.type != "cpu" else None
 
 
 def replace_linears(decoder: Any, make: Callable[[Any], torch.nn.Module]) -> None:

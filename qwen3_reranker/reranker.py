@@ -47,10 +47,10 @@ class Reranker(BaseReranker):
             checkpoints and one-label sequence-classification conversions load alike.
         dtype: "float32", "bfloat16", "float16", "int8", "nf4" or a torch dtype. None takes the
             checkpoint's own on CUDA; on CPU float32, unless the checkpoint is bfloat16 and the CPU
-            multiplies that faster. With "int8", for CPUs alone, layers multiply in 8 bits: about
-            twice as fast, for scores that are off by what `doctor` says. With "nf4", which needs
-            the extra `quantization`, layers are kept in 4 bits a weight: a quarter of bfloat16's
-            memory and no faster, with scores off likewise.
+            multiplies that faster. With "int8" layers on a CPU multiply in 8 bits: about twice as
+            fast, for scores that are off by what `doctor` says. On a GPU their weights alone are
+            kept in 8 bits, half of bfloat16's memory and no faster; with "nf4", which needs the
+            extra `quantization`, in 4 bits, a quarter of it. Scores are off likewise.
         device: A torch device, None for CUDA where available, else CPU.
         template: Prompt template or its id. None takes the adapter's recorded one, else what the
             tokenizer can express.

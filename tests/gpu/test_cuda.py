@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,6 +50,28 @@ def test_half_precision_runs_without_padding(checkpoint: Callable[..., Path]) ->
     assert max(differences) <= 0.25
 
 
+def test_lean_layers_score_as_the_stock_ones_in_less_time(tmp_path: Path) -> None:
+    shape = {**real_parts.QWEN3_0_6B, "num_hidden_layers": 8}
+    folder = real_parts.save_random_qwen3(tmp_path, dtype="bfloat16", **shape)
+    documents = [f"tea and milk {i} " * 25 for i in range(100)]
+    scores, milliseconds = {}, {}
+    with Reranker(str(folder), device="cuda", dtype="bfloat16") as reranker:
+        assert reranker.loaded.choices["layers"].startswith("lean")
+        for is_lean in (False, True, False, True):  # the first of each warms up
+            reranker.loaded.network.is_lean = is_lean
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            results = reranker.rank("water", documents)
+            milliseconds[is_lean] = 1e3 * (time.perf_counter() - start)
+            scores[is_lean] = {result.index: result.log_odds for result in results}
+    print(
+        f"100 documents, 8 layers: stock {milliseconds[False]:.1f} ms, "
+        f"lean {milliseconds[True]:.1f} ms"
+    )
+    assert max(abs(scores[True][i] - scores[False][i]) for i in range(100)) <= 0.25
+    assert milliseconds[True] <= 1.05 * milliseconds[False]
+
+
 def test_long_query_is_not_copied_for_each_document(tmp_path: Path) -> None:
     shape = {**real_parts.QWEN3_0_6B, "num_hidden_layers": 2}
     folder = real_parts.save_random_qwen3(tmp_path, dtype="bfloat16", **shape)
@@ -63,18 +86,21 @@ def test_long_query_is_not_copied_for_each_document(tmp_path: Path) -> None:
     assert peak < 8, "copied, keys and values alone would take 8 GiB"
 
 
-def test_4_bits_score_as_on_a_cpu_in_a_third_of_the_memory(tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes")
+@pytest.mark.parametrize(("dtype", "share"), [("int8", 0.55), ("nf4", 0.33)])
+def test_fewer_bits_score_alike_in_less_memory(tmp_path: Path, dtype: str, share: float) -> None:
+    if dtype == "nf4":
+        pytest.importorskip("bitsandbytes")
     shape = {**real_parts.QWEN3_0_6B, "num_hidden_layers": 2}
     folder = str(real_parts.save_random_qwen3(tmp_path, dtype="bfloat16", **shape))
     documents = [document for _, document in texts.ordinary_pairs(50)]
-    with Reranker(folder, device="cpu", dtype="nf4") as reranker:
+    with Reranker(folder, device="cpu", dtype="float32" if dtype == "int8" else dtype) as reranker:
         cpu = reranker.rank("water", documents)
     results, layers = {}, {}
-    for dtype in ("bfloat16", "nf4"):
-        with Reranker(folder, device="cuda", dtype=dtype) as reranker:
-            results[dtype] = {r.index: r.log_odds for r in reranker.rank("water", documents)}
+    for name in ("bfloat16", dtype):
+        with Reranker(folder, device="cuda", dtype=name) as reranker:
+            results[name] = {r.index: r.log_odds for r in reranker.rank("water", documents)}
             decoder = reranker.loaded.network.decoder.layers
-            layers[dtype] = sum(weight.nbytes for weight in decoder.parameters())
-    assert layers["nf4"] < layers["bfloat16"] / 3
-    assert max(abs(each.log_odds - results["nf4"][each.index]) for each in cpu) <= 0.5
+            tensors = [*decoder.parameters(), *decoder.buffers()]
+            layers[name] = sum(tensor.nbytes for tensor in tensors)
+    assert layers[dtype] < share * layers["bfloat16"]
+    assert max(abs(each.log_odds - results[dtype][each.index]) for each in cpu) <= 0.5

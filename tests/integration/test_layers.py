@@ -10,20 +10,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import rms_norm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from qwen3_reranker import Reranker, attention, causal, loading, model
+from qwen3_reranker import Reranker, attention, causal, layers, loading, model
 from qwen3_reranker.loading import load_model
 from qwen3_reranker.packing import Group, Seat, build_pack
 from qwen3_reranker.prepacked import PrepackedLinear
 from tests.real_parts import skip_unless_packed
 
+TOLERANCES = {
+    torch.float32: {"atol": 1e-6, "rtol": 1e-6},
+    torch.bfloat16: {"atol": 1e-6, "rtol": 2**-7},  # two roundings
+}
 SHAPES = [[(9, [4])], [(9, [4, 30, 1]), (3, [2]), (40, [600, 7])]]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=["one document", "ragged groups"])
 @pytest.mark.parametrize("family", ["Qwen3", "Qwen2", "Llama"])
+@pytest.mark.parametrize("backend", ["documents", "padded"])
 def test_lean_layers_equal_the_stock_ones(
-    checkpoint: Callable[..., Path], family: str, shape: list[tuple[int, list[int]]]
+    checkpoint: Callable[..., Path], backend: str, family: str, shape: list[tuple[int, list[int]]]
 ) -> None:
     loaded = load_model(str(checkpoint(family=family, head_dim=16)), device="cpu")
     assert loaded.choices["layers"].startswith("lean")
@@ -34,10 +41,24 @@ def test_lean_layers_equal_the_stock_ones(
 
     groups = [Group(draw(head), [draw(n) for n in lengths]) for head, lengths in shape]
     seats = [Seat(g, tuple(range(len(group.documents)))) for g, group in enumerate(groups)]
-    pack = build_pack(groups, seats, backend="documents")
+    pack = build_pack(groups, seats, backend=backend)
     lean = loaded.network.score(pack)
     loaded.network.is_lean = False
     np.testing.assert_allclose(lean, loaded.network.score(pack), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_of_gpus_is_the_same(dtype: torch.dtype) -> None:
+    norm = Qwen3RMSNorm(64, eps=1e-3).to(dtype)
+    torch.nn.init.uniform_(norm.weight)
+    hidden = torch.randn(1, 50, 64).to(dtype)
+    hidden[:, :9] *= 1e-3  # where the epsilon counts
+    expected = norm.double()(hidden.double())
+    for found in (
+        rms_norm(hidden, hidden.shape[-1:], norm.weight.to(dtype), norm.variance_epsilon),
+        layers._normalise(norm.to(dtype), hidden),
+    ):
+        torch.testing.assert_close(found.double(), expected, **TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 0.2)])

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
+from torch.nn.functional import linear as multiply
 
-from qwen3_reranker import MissingExtraError, ModelLoadError, Reranker, loading
+from qwen3_reranker import MissingExtraError, Reranker, loading
 from qwen3_reranker.loading import load_model
-from qwen3_reranker.quantised import Int8Linear, nf4_linear
+from qwen3_reranker.quantised import Int8Linear, Int8Weights, nf4_linear
 from tests.real_parts import save_random_adapter
 
 QUERY = "how long does dough rest"
@@ -67,9 +68,48 @@ def test_exact_mode_is_exact(dtype: str, checkpoint: Callable[..., Path]) -> Non
     assert reranker.score(QUERY, DOCUMENTS) == alone
 
 
-def test_other_devices_are_refused(checkpoint: Callable[..., Path]) -> None:
-    with pytest.raises(ModelLoadError, match="runs on a CPU alone, got device 'meta'"):
-        load_model(str(checkpoint()), device="meta", dtype="int8")
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [("float32", 1e-6), ("bfloat16", 2**-7), ("float16", 2**-9)]
+)
+def test_8_bit_weights_are_off_by_their_rounding_alone(
+    dtype: str, bound: float, bias: bool
+) -> None:
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 32, bias=bias).to(getattr(torch, dtype))
+    inputs = torch.randn(2, 3, 64).to(linear.weight.dtype)
+    with torch.inference_mode():
+        small = Int8Weights(linear, torch.device("cpu"))
+        weight = linear.weight.float()
+        scale = weight.abs().amax(dim=1, keepdim=True) / 127
+        expected = multiply(inputs.float(), (weight / scale).round() * scale)
+        if bias:
+            expected += linear.bias
+        found = small(inputs)
+    assert found.dtype is linear.weight.dtype
+    assert small.weight.nbytes == linear.weight.numel()
+    torch.testing.assert_close(found.float(), expected, rtol=0, atol=4 * bound)
+
+
+def test_8_bit_weights_move_scores_less_than_8_bit_products(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, scores = str(checkpoint()), {}
+    for name, of_weights in (("exact", None), ("products", None), ("weights", Int8Weights)):
+        monkeypatch.setattr(
+            loading,
+            "weights_alone",
+            lambda dtype, device, made=of_weights: made if dtype == "int8" else None,
+        )
+        reranker = Reranker(folder, device="cpu", dtype=None if name == "exact" else "int8")
+        scores[name] = np.array(reranker.score(QUERY, DOCUMENTS))
+        layer = reranker.loaded.network.decoder.layers[0].mlp.up_proj
+        assert isinstance(layer, Int8Weights) is (name == "weights")
+        alone = [reranker.score(QUERY, [document])[0] for document in DOCUMENTS]
+        np.testing.assert_allclose(alone, scores[name], atol=1e-5)  # company changes nothing
+    assert "8 bits a weight, computed in float32" in reranker.loaded.choices["dtype"]
+    off = {name: np.abs(row - scores["exact"]).max() for name, row in scores.items()}
+    assert 0 < off["weights"] < off["products"]
 
 
 @pytest.mark.parametrize("bias", [False, True])
