@@ -266,7 +266,7 @@ def choose_backend(
         sizes: Heads, key heads and head size.
     """
     if device.type == "cpu":
-        how = ", in blocks, which is faster on this CPU" if blocks_pay(dtype) else ""
+        how = ", in blocks, which is faster on this CPU" if blocks_pay(dtype, sizes) else ""
         return "documents", f"CPU: each document by itself, unpadded{how}"
     if device.type != "cuda":
         return "padded", f"{device.type}: masked attention runs everywhere, untested here"

@@ -67,8 +67,9 @@ def test_attention_in_blocks_changes_no_score(
 ) -> None:
     scores = {}
     for pays in (True, False):
+        monkeypatch.setattr(causal, "_FEWEST_PRODUCTS", 0)
         for module in (attention, causal):
-            monkeypatch.setattr(module, "blocks_pay", lambda dtype, pays=pays: pays)
+            monkeypatch.setattr(module, "blocks_pay", lambda dtype, sizes, pays=pays: pays)
         with Reranker(str(checkpoint(dtype=dtype)), device="cpu", dtype=dtype) as reranker:
             assert ("in blocks" in reranker.loaded.choices["attention"]) is pays
             results = reranker.rank("water", ["tea", "rain " * 90, "light", "", "snow " * 700])

@@ -86,9 +86,11 @@ def test_scores_past_half_precision_do_not_overflow() -> None:
     ("pays", "length", "is_inference", "expected"),
     [
         (True, 768, True, "blocks"),
-        (True, 769, True, "kernel"),
-        (False, 100, True, "kernel"),
-        (True, 100, False, "kernel"),
+        (True, 769, True, "kernel"),  # too long
+        (True, 250, True, "blocks"),  # 4 * 250 * 250 * 16 products
+        (True, 249, True, "kernel"),  # too few
+        (False, 500, True, "kernel"),
+        (True, 500, False, "kernel"),
     ],
 )
 def test_blocks_are_taken_for_serving_where_they_pay(
@@ -97,15 +99,15 @@ def test_blocks_are_taken_for_serving_where_they_pay(
     taken = []
     for name in ("tail_by_kernel", "tail_in_blocks"):
         monkeypatch.setattr(causal, name, lambda q, k, v, s, name=name: taken.append(name))
-    monkeypatch.setattr(causal, "blocks_pay", lambda dtype: pays)
+    monkeypatch.setattr(causal, "blocks_pay", lambda dtype, sizes: pays)
     with torch.inference_mode(is_inference):
         causal.attend_tail(*draw(length, 0), 0.25)
     assert taken[0].endswith(expected)
 
 
-@pytest.mark.parametrize(("blocks", "expected"), [(0.94, True), (0.96, False), (1.1, False)])
+@pytest.mark.parametrize(("blocks", "expected"), [(0.89, True), (0.91, False), (1.1, False)])
 def test_blocks_pay_where_they_are_clearly_faster(
     blocks: float, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(causal, "least_seconds", lambda calls: [1.0, blocks])
-    assert causal.blocks_pay.__wrapped__(torch.float32) is expected
+    assert causal.blocks_pay.__wrapped__(torch.float32, (4, 2, 16)) is expected
