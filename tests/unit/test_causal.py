@@ -112,3 +112,14 @@ def test_blocks_pay_where_they_are_clearly_faster(
     monkeypatch.setattr(causal, "least_seconds", lambda calls: [1.0, blocks])
     assert causal.blocks_pay.__wrapped__(torch.bfloat16, (4, 2, 16)) is expected
     assert not causal.blocks_pay.__wrapped__(torch.float32, (4, 2, 16)), "it gains too little"
+
+
+@pytest.mark.parametrize("off", [0.1, math.nan])
+def test_blocks_that_compute_something_else_never_pay(
+    off: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(causal, "least_seconds", lambda calls: [1.0, 0.1])
+    assert causal.blocks_pay.__wrapped__(torch.bfloat16, (4, 2, 16))
+    real = causal.tail_in_blocks
+    monkeypatch.setattr(causal, "tail_in_blocks", lambda *args: real(*args) + off)
+    assert not causal.blocks_pay.__wrapped__(torch.bfloat16, (4, 2, 16))
