@@ -88,7 +88,7 @@ class Workload:
 
 
 def _spread(
-    count: int, mean: int, shortest: int, longest: int, *, sigma: float = 0.415
+    count: int, mean: int, shortest: int, longest: int, *, sigma: float = 0.41516
 ) -> list[int]:
     """Return log-normal lengths."""
     median = mean / np.exp(sigma**2 / 2)
@@ -100,8 +100,8 @@ def _spread(
 
 WORKLOADS = {
     # Of 100 documents the longest has 400 tokens. Padding costs more the wider lengths are spread.
-    "w1": Workload("100 documents of about 120 tokens", _spread(100, 120, 40, 400, sigma=0.52)),
-    "w1-narrow": Workload("the same, the longest has 320", _spread(100, 120, 40, 400)),
+    "w1": Workload("100 documents of 40 to 400 tokens", _spread(100, 120, 40, 400, sigma=0.52)),
+    "w1-narrow": Workload("100 documents of 40 to 321 tokens", _spread(100, 120, 40, 400)),
     "w2": Workload("20 documents of about 500 tokens", _spread(20, 500, 200, 1200)),
     "w3": Workload("50 documents of about 30 tokens", _spread(50, 30, 10, 90)),
     "w4": Workload("4 documents of 2,000 to 6,000 tokens", [2000, 3500, 4500, 6000]),

@@ -1,6 +1,6 @@
 """Attention over a pack: each document sees its head and itself, never its neighbours.
 
-One function is registered with transformers under one name; the pack travels in its `pack`
+One function is registered with transformers under one name; the pack travels in its `prepared`
 keyword and names its backend, so no setting of a model or of the library is ever changed. Without
 a pack the function is the library's own causal attention. Knows nothing of text, ids or scores.
 """
@@ -94,7 +94,7 @@ def packed_attention(
     attend = BACKENDS[prepared.pack.backend]
     spans = zip(prepared.pack.spans, outside, strict=True)
     outputs = [attend(query, key, value, span, beginning, scaling) for span, beginning in spans]
-    return torch.cat(outputs, dim=1), None
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), None
 
 
 def _attend_documents(

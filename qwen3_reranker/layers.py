@@ -3,9 +3,9 @@
 What transformers computes, in two ways cheaper. Sums, norms, rotations and gates overwrite what
 nobody reads again instead of filling new memory, which on a CPU costs as much as computing them,
 and on a GPU a norm is one kernel instead of eight. And of the last layer a score needs one token
-per document: keys and values are computed of all, queries, output projection and MLP of those
-tokens alone, which spares about 3 % of the work of 28 layers. For inference; used only where the
-self-test passes with it. Knows nothing of ids or scores.
+per document: on a CPU keys and values are computed of all, queries, output projection and MLP of
+those tokens alone, which spares about 3 % of the work of 28 layers. For inference; used only where
+the self-test passes with it. Knows nothing of ids or scores.
 """
 
 from __future__ import annotations
@@ -99,11 +99,15 @@ def _feed_forward(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
 def _normalise(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
     """Divide by the root mean square, found in float32, and scale; in new memory."""
     if hidden.device.type == "cuda":  # on a CPU it is slower than what follows
-        return rms_norm(hidden, hidden.shape[-1:], norm.weight, norm.variance_epsilon)
+        return _normalise_at_once(norm, hidden)
     length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=torch.float32)
     factor = length.square_().div_(hidden.shape[-1]).add_(norm.variance_epsilon).rsqrt_()
     scaled: torch.Tensor = (hidden * factor).to(hidden.dtype).mul_(norm.weight)
     return scaled
+
+
+def _normalise_at_once(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
+    return rms_norm(hidden, hidden.shape[-1:], norm.weight, norm.variance_epsilon)
 
 
 def _rotate(heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:

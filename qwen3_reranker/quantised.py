@@ -3,7 +3,7 @@
 In 8 bits weights are rounded once, with a scale per output; on a CPU activations, too, as they
 come, with a scale per token (vector-wise quantisation, Dettmers et al. 2022; its outliers are left
 out, because which they are depends on a token's company). 4 bits are bitsandbytes' NormalFloat
-(Dettmers et al. 2023): weights only. Weights alone are no faster. Only the layers' matrices: norms,
+(Dettmers et al. 2023): weights only. Weights alone are slower. Only the layers' matrices: norms,
 attention and the yes/no row stay what they are. Knows nothing of packs or scores.
 """
 
@@ -76,7 +76,8 @@ class Int8Weights(torch.nn.Module):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return shape (..., outputs) of inputs of shape (..., inputs)."""
         # Scaled before the product, which in float16 could overflow without.
-        weight = self.weight.to(inputs.dtype).mul_(self.scale[:, None])
+        weight = inputs.new_empty(self.weight.shape)
+        torch.mul(self.weight, self.scale[:, None], out=weight)
         return multiply(inputs, weight, self.bias)
 
 

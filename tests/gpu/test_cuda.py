@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -54,15 +55,16 @@ def test_lean_layers_score_as_the_stock_ones_in_less_time(tmp_path: Path) -> Non
     shape = {**real_parts.QWEN3_0_6B, "num_hidden_layers": 8}
     folder = real_parts.save_random_qwen3(tmp_path, dtype="bfloat16", **shape)
     documents = [f"tea and milk {i} " * 25 for i in range(100)]
-    scores, milliseconds = {}, {}
+    scores, milliseconds = {}, dict.fromkeys((False, True), math.inf)
     with Reranker(str(folder), device="cuda", dtype="bfloat16") as reranker:
         assert reranker.loaded.choices["layers"].startswith("lean")
-        for is_lean in (False, True, False, True):  # the first of each warms up
+        for is_lean in (False, True) * 6:
             reranker.loaded.network.is_lean = is_lean
             torch.cuda.synchronize()
             start = time.perf_counter()
             results = reranker.rank("water", documents)
-            milliseconds[is_lean] = 1e3 * (time.perf_counter() - start)
+            passed = 1e3 * (time.perf_counter() - start)
+            milliseconds[is_lean] = min(milliseconds[is_lean], passed)
             scores[is_lean] = {result.index: result.log_odds for result in results}
     print(
         f"100 documents, 8 layers: stock {milliseconds[False]:.1f} ms, "

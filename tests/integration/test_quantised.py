@@ -11,10 +11,11 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from torch.nn.functional import linear as multiply
+from transformers import PretrainedConfig
 
 from qwen3_reranker import MissingExtraError, Reranker, loading
 from qwen3_reranker.loading import load_model
-from qwen3_reranker.quantised import Int8Linear, Int8Weights, nf4_linear
+from qwen3_reranker.quantised import Int8Linear, Int8Weights, nf4_linear, weights_alone
 from tests.real_parts import save_random_adapter
 
 QUERY = "how long does dough rest"
@@ -89,6 +90,17 @@ def test_8_bit_weights_are_off_by_their_rounding_alone(
     assert found.dtype is linear.weight.dtype
     assert small.weight.nbytes == linear.weight.numel()
     torch.testing.assert_close(found.float(), expected, rtol=0, atol=4 * bound)
+
+
+def test_what_is_rounded_depends_on_the_device() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert weights_alone("int8", gpu) is Int8Weights
+    assert weights_alone("int8", cpu) is None, "products are rounded as well"
+    assert weights_alone("nf4", gpu) is weights_alone("nf4", cpu) is nf4_linear
+    assert weights_alone("bfloat16", gpu) is weights_alone(None, gpu) is None
+    dtype, why = loading._choose_dtype("int8", gpu, PretrainedConfig(dtype=torch.bfloat16))
+    assert dtype is torch.bfloat16
+    assert why == "asked for; 8 bits a weight, computed in bfloat16"
 
 
 def test_8_bit_weights_move_scores_less_than_8_bit_products(

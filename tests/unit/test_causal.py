@@ -55,10 +55,11 @@ def test_both_ways_equal_the_definition(
     assert all(map(torch.equal, inputs, kept)), "inputs are read again"
 
 
-@pytest.mark.parametrize("most", [0, 50_000, 10**9])
+@pytest.mark.parametrize("most", [0, 500_000, 10**9])  # heads at once: one, four and two, all six
 def test_heads_that_take_turns_change_nothing(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = draw(200, 75, heads=(12, 6))
     monkeypatch.setattr(causal, "_BLOCK_BYTES", most)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     output = causal.tail_in_blocks(*inputs, 0.25)
     torch.testing.assert_close(output, by_definition(*inputs), atol=2e-6, rtol=1e-5)
 
@@ -105,13 +106,14 @@ def test_blocks_are_taken_for_serving_where_they_pay(
     assert taken[0].endswith(expected)
 
 
-@pytest.mark.parametrize(("blocks", "expected"), [(0.84, True), (0.86, False), (1.1, False)])
+@pytest.mark.parametrize(("blocks", "expected"), [(0.94, True), (0.96, False), (1.1, False)])
 def test_blocks_pay_where_they_are_clearly_faster(
     blocks: float, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(causal, "least_seconds", lambda calls: [1.0, blocks])
     assert causal.blocks_pay.__wrapped__(torch.bfloat16, (4, 2, 16)) is expected
-    assert not causal.blocks_pay.__wrapped__(torch.float32, (4, 2, 16)), "it gains too little"
+    for dtype in (torch.float32, torch.float16):
+        assert not causal.blocks_pay.__wrapped__(dtype, (4, 2, 16)), "it gains nothing"
 
 
 @pytest.mark.parametrize("off", [0.1, math.nan])
