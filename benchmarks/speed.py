@@ -87,8 +87,12 @@ class Workload:
     queries: int = 1
 
 
+_SIGMA = float(np.sqrt(2 * np.log(1.09)))
+"""Of lengths whose median lies 8 % below the mean."""
+
+
 def _spread(
-    count: int, mean: int, shortest: int, longest: int, *, sigma: float = 0.41516
+    count: int, mean: int, shortest: int, longest: int, *, sigma: float = _SIGMA
 ) -> list[int]:
     """Return log-normal lengths."""
     median = mean / np.exp(sigma**2 / 2)
