@@ -1,7 +1,7 @@
 """The measurements behind constants: tokens per pack on CPU, and how attention is computed there.
 
-Decides nothing itself; prints what `loading._CPU_BATCH_TOKENS` and the choices of `causal` were
-made by. Random weights and ids, process CPU seconds, minimum of interleaved rounds.
+Decides nothing itself; prints what `loading._CPU_BATCH_TOKENS`, `cpu.size_step` and the choices of
+`causal` were made by. Random weights and ids, process CPU seconds, minimum of interleaved rounds.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from qwen3_reranker import causal
 from qwen3_reranker.loading import load_model
 from qwen3_reranker.packing import Budget, Group, Pack, build_pack, plan_packs
 from tests.real_parts import QWEN3_0_6B, save_random_qwen3
+
+from .workload import resident_bytes
 
 BUDGETS = (512, 1024, 2048, 4096, 8192)
 SHAPES = (
@@ -103,6 +105,29 @@ def measure_attention(rounds: int, dtype: torch.dtype) -> None:
         print(f"{before:6d}  {length:8d} {times}", flush=True)
 
 
+def measure_new_lengths(dtype: torch.dtype, step: int) -> None:
+    """Print what attention costs for lengths that were never seen, and again.
+
+    Args:
+        dtype: Of queries, keys and values.
+        step: What sizes are rounded up to.
+    """
+    rng = np.random.default_rng(step)
+    befores, lengths = rng.integers(60, 120, 2000), rng.integers(20, 400, 2000)
+    query, key = (torch.randn(1, heads, 520, HEAD_SIZE).to(dtype) for heads in (HEADS, KEY_HEADS))
+    seconds, memory = [], resident_bytes("VmRSS")
+    with patch.object(causal, "size_step", lambda dtype: step):
+        for _ in range(2):
+            start = time.process_time()
+            for before, length in zip(befores, lengths, strict=True):
+                keys = key[:, :, : before + length]
+                causal.tail_by_kernel(query[:, :, :length], keys, keys, HEAD_SIZE**-0.5)
+            seconds.append((time.process_time() - start) / len(lengths))
+    more = (resident_bytes("VmRSS") - memory) / 1e6
+    times = "  ".join(f"{1e3 * each:6.2f}" for each in seconds)
+    print(f"{step:4d}  {times}  {more:13.0f}", flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print all tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.choices", description=__doc__)
@@ -112,6 +137,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     with torch.inference_mode():
         for dtype in (torch.float32, torch.bfloat16):
             measure_attention(args.rounds, dtype)
+        print("\n2000 documents of 20 to 400 tokens after 60 to 120, bfloat16, CPU ms per call")
+        print("step   first   again  MB more after")
+        for step in (32, 1):
+            measure_new_lengths(torch.bfloat16, step)
         measure_budgets(args.rounds, args.documents)
     return 0
 

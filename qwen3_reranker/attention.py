@@ -68,7 +68,7 @@ def packed_attention(
 
     Args:
         module: The attention layer, as transformers passes it.
-        query: Shape (1, heads, tokens, head size).
+        query: Shape (1, heads, tokens, head size). Tokens after the pack's get zeros.
         key: Shape (1, key heads, tokens, head size).
         value: As `key`.
         attention_mask: Only without a pack.
@@ -94,6 +94,9 @@ def packed_attention(
     attend = BACKENDS[prepared.pack.backend]
     spans = zip(prepared.pack.spans, outside, strict=True)
     outputs = [attend(query, key, value, span, beginning, scaling) for span, beginning in spans]
+    beyond = query.shape[2] - len(prepared.pack.token_ids)
+    if beyond:
+        outputs.append(query.new_zeros(1, beyond, query.shape[1], query.shape[3]))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), None
 
 

@@ -6,13 +6,13 @@ top left on CPU, so a document would lose sight of its own beginning. Knows noth
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 
 import torch
 from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from .cpu import least_seconds
+from .cpu import least_seconds, size_step
 
 _BLOCK = 64
 """Queries whose scores are computed at once: fewer make small products, more see keys in vain."""
@@ -25,6 +25,9 @@ _LONGEST_IN_BLOCKS = 768
 
 _FEWEST_PRODUCTS = 4_000_000
 """Of a document, heads * queries * keys * head size: below, a block's many calls cost more."""
+
+_KEPT_MASK = 2**18
+"""Largest mask that is kept, before its size is rounded to a power of two."""
 
 
 def attend_tail(
@@ -52,9 +55,13 @@ def attend_tail(
     return (tail_in_blocks if in_blocks else tail_by_kernel)(query, key, value, scaling)
 
 
-def tail_mask(like: torch.Tensor, before: int, length: int) -> torch.Tensor:
-    """Return what `length` tokens see after `before` others, shape (length, before + length)."""
-    return like.new_ones(length, before + length, dtype=torch.bool).tril(before)
+def tail_mask(like: torch.Tensor, before: int, rows: int) -> torch.Tensor:
+    """Return what is added to scores of `rows` tokens after `before` others.
+
+    Returns:
+        Shape (rows, before + rows), zero where a token sees and -inf where it does not.
+    """
+    return like.new_full((rows, before + rows), -torch.inf).triu_(before + 1)
 
 
 def tail_by_kernel(
@@ -63,15 +70,40 @@ def tail_by_kernel(
     """Compute `attend_tail` by torch's fused kernel.
 
     Without a mask the kernel skips the upper triangle, but is aligned at the top left, so that
-    rows are needed for the keys before: of zeros, and thrown away.
+    rows are needed for the keys before: of zeros, and thrown away. So are the rows that fill a
+    size up, and keys that do come last, where no token sees them.
     """
     length, before = query.shape[2], key.shape[2] - query.shape[2]
-    if before and not _skips_mask(before, length):
-        mask = tail_mask(query, before, length)
-        return sdpa(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True)
-    padded = pad(query, (0, 0, before, 0)) if before else query
-    output = sdpa(padded, key, value, is_causal=True, scale=scaling, enable_gqa=True)
-    return output[:, :, before:]
+    step = size_step(query.dtype) if query.device.type == "cpu" else 1
+    is_masked = before > 0 and not _skips_mask(before, length)
+    ahead = 0 if is_masked else before
+    query = _padded(query, ahead, -(ahead + length) % step)
+    key, value = (_padded(each, 0, -(before + length) % step) for each in (key, value))
+    mask = _kept_mask(query, before, key.shape[2]) if is_masked else None
+    output = sdpa(
+        query, key, value, attn_mask=mask, is_causal=not is_masked, scale=scaling, enable_gqa=True
+    )
+    return output[:, :, ahead : ahead + length]
+
+
+def _padded(tokens: torch.Tensor, ahead: int, behind: int) -> torch.Tensor:
+    return pad(tokens, (0, 0, ahead, behind)) if ahead or behind else tokens
+
+
+def _kept_mask(query: torch.Tensor, before: int, num_keys: int) -> torch.Tensor:
+    """Return a `tail_mask`, cut from one that serves many documents and every layer."""
+    rows = query.shape[2]
+    size = max(rows, num_keys - before)
+    if size * num_keys > _KEPT_MASK:
+        return tail_mask(query, before, size)[:rows, :num_keys]
+    size = 1 << (size - 1).bit_length()
+    return _cached_mask(before, size, query.dtype, query.device)[:rows, :num_keys]
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)  # what serving has made, training may need
+def _cached_mask(before: int, size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return tail_mask(torch.empty(0, dtype=dtype, device=device), before, size)
 
 
 def _skips_mask(before: int, length: int) -> bool:

@@ -49,6 +49,18 @@ def prepacking_pays(dtype: torch.dtype) -> bool:
     return after < 0.95 * before
 
 
+@cache
+def size_step(dtype: torch.dtype) -> int:
+    """Return what the sizes of matrices should be multiples of here, 1 if all are as good.
+
+    AMX multiplies 16 rows at once, two times two tiles best, and for every other size a kernel is
+    compiled: 7 ms for a matrix that takes 1, and 4 ms and up to 1 MB that is never given back for a
+    document's attention (Sapphire Rapids, torch 2.13; `python -m benchmarks.choices`).
+    """
+    needed = {torch.bfloat16: "amx_bf16", torch.float16: "amx_fp16"}.get(dtype, "")
+    return 32 if torch.cpu.get_capabilities().get(needed) else 1
+
+
 @torch.inference_mode()
 def least_seconds(calls: Sequence[Callable[[], object]]) -> list[float]:
     """Return the least seconds that each call takes, in turn with the others.

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn.functional import pad
 
 from .attention import Prepared, prepare
+from .cpu import size_step
 from .head_cache import HeadCache, KeyValues
 from .layers import Rotary, last_layer, run_layer
 from .packing import Pack
@@ -148,6 +150,10 @@ class YesNoCrossEncoder(torch.nn.Module):
     def _run_lean(self, hidden: torch.Tensor, rotary: Rotary, prepared: Prepared) -> torch.Tensor:
         """Return what the last layer computes of each document's last token."""
         *layers, final = self.decoder.layers
+        step = size_step(hidden.dtype) if self.device.type == "cpu" else 1
+        if beyond := -hidden.shape[1] % step:
+            hidden, *tables = (pad(each, (0, 0, 0, beyond)) for each in (hidden, *rotary))
+            rotary = tables[0], tables[1]
         for layer in layers:
             hidden = run_layer(layer, hidden, rotary, prepared)
         # The shorter last layer calls a kernel for each document, which is cheap on a CPU alone.

@@ -46,7 +46,23 @@ def test_lean_layers_equal_the_stock_ones(
     np.testing.assert_allclose(lean, loaded.network.score(pack), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["Qwen3", "Llama"])
+def test_strips_and_sizes_change_no_score(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    with Reranker(str(checkpoint(family=family)), device="cpu") as reranker:
+        documents = ["tea", "rain " * 90, "light", "", "snow " * 700]
+        expected = [result.log_odds for result in reranker.rank("water", documents)]
+        for numbers, step in ((1, 1), (1000, 32), (2**30, 64)):  # a token a strip, some, all
+            monkeypatch.setattr(layers, "_STRIP", numbers)
+            for module in (causal, model):
+                monkeypatch.setattr(module, "size_step", lambda dtype, step=step: step)
+            found = [result.log_odds for result in reranker.rank("water", documents)]
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
 def test_norm_of_gpus_is_the_same(dtype: torch.dtype) -> None:
     norm = Qwen3RMSNorm(64, eps=1e-3).to(dtype)
     torch.nn.init.uniform_(norm.weight)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -43,11 +44,17 @@ def by_definition(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 2), (4, 1)])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "step"), [("kernel", 1), ("kernel", 32), ("blocks", 1)])
 @pytest.mark.parametrize(("length", "before"), LENGTHS)
 def test_both_ways_equal_the_definition(
-    way: str, length: int, before: int, heads: tuple[int, int]
+    way: str,
+    step: int,
+    length: int,
+    before: int,
+    heads: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(causal, "size_step", lambda dtype: step)
     inputs = draw(length, before, heads=heads)
     kept = [tensor.clone() for tensor in inputs]
     output = WAYS[way](*inputs, 0.25)
@@ -62,6 +69,46 @@ def test_heads_that_take_turns_change_nothing(most: int, monkeypatch: pytest.Mon
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     output = causal.tail_in_blocks(*inputs, 0.25)
     torch.testing.assert_close(output, by_definition(*inputs), atol=2e-6, rtol=1e-5)
+
+
+def test_the_kernel_sees_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may compile one more for each, and keep it for ever."""
+    sizes, real = set(), causal.sdpa
+
+    def record(query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        sizes.add((query.shape[2], key.shape[2]))
+        return real(query, key, *args, **kwargs)
+
+    monkeypatch.setattr(causal, "sdpa", record)
+    monkeypatch.setattr(causal, "size_step", lambda dtype: 32)
+    for before in range(60, 124, 3):
+        for length in (*range(1, 300, 7), 600, 601):
+            causal.tail_by_kernel(*draw(length, before), 0.25)
+    assert {size % 32 for pair in sizes for size in pair} == {0}
+    assert len(sizes) < 60  # of 990 pairs
+
+
+@pytest.mark.parametrize("most", [0, 2**18], ids=["too large to keep", "kept"])
+def test_masks_are_right_whatever_was_asked_before(
+    most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    causal._cached_mask.cache_clear()
+    monkeypatch.setattr(causal, "_KEPT_MASK", most)
+    for length in (5, 130, 17, 128, 129):
+        inputs = draw(length, 75)
+        output = causal.tail_by_kernel(*inputs, 0.25)
+        torch.testing.assert_close(output, by_definition(*inputs), atol=2e-6, rtol=1e-5)
+    assert causal._cached_mask.cache_info().currsize == (4 if most else 0)  # 8 to 256 rows
+
+
+def test_a_mask_that_serving_made_can_be_trained_with() -> None:
+    causal._cached_mask.cache_clear()
+    causal.tail_by_kernel(*draw(20, 5), 0.25)
+    with torch.inference_mode(False):
+        inputs = [tensor.clone().requires_grad_() for tensor in draw(20, 5)]
+        causal.tail_by_kernel(*inputs, 0.25).sum().backward()
+    assert causal._cached_mask.cache_info().hits == 1
+    assert all(tensor.grad is not None and tensor.grad.any() for tensor in inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

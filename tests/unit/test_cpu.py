@@ -1,0 +1,25 @@
+"""What is decided by the instructions a CPU has."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qwen3_reranker import cpu
+
+
+@pytest.mark.parametrize(
+    ("has", "dtype", "expected"),
+    [
+        ("amx_bf16", torch.bfloat16, 32),
+        ("amx_bf16", torch.float16, 1),
+        ("amx_fp16", torch.float16, 32),
+        ("amx_bf16", torch.float32, 1),
+        ("avx512_bf16", torch.bfloat16, 1),
+    ],
+)
+def test_sizes_are_rounded_for_amx_alone(
+    has: str, dtype: torch.dtype, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {has: True})
+    assert cpu.size_step.__wrapped__(dtype) == expected
