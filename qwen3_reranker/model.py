@@ -150,10 +150,6 @@ class YesNoCrossEncoder(torch.nn.Module):
     def _run_lean(self, hidden: torch.Tensor, rotary: Rotary, prepared: Prepared) -> torch.Tensor:
         """Return what the last layer computes of each document's last token."""
         *layers, final = self.decoder.layers
-        step = size_step(hidden.dtype) if self.device.type == "cpu" else 1
-        if beyond := -hidden.shape[1] % step:
-            hidden, *tables = (pad(each, (0, 0, 0, beyond)) for each in (hidden, *rotary))
-            rotary = tables[0], tables[1]
         for layer in layers:
             hidden = run_layer(layer, hidden, rotary, prepared)
         # The shorter last layer calls a kernel for each document, which is cheap on a CPU alone.
@@ -164,9 +160,15 @@ class YesNoCrossEncoder(torch.nn.Module):
     def _embed(
         self, token_ids: NDArray[np.int64], position_ids: NDArray[np.int64]
     ) -> tuple[torch.Tensor, torch.Tensor, Rotary]:
-        """Return hidden states (1, tokens, hidden), positions (1, tokens), cosines and sines."""
+        """Return hidden states (1, tokens, hidden), positions (1, tokens), cosines and sines.
+
+        Tokens of zeros, which nobody sees, come last where they fill a size up.
+        """
         positions = torch.from_numpy(position_ids).to(self.device)[None]
         hidden = self.decoder.embed_tokens(torch.from_numpy(token_ids).to(self.device)[None])
+        step = size_step(hidden.dtype) if self.device.type == "cpu" else 1
+        if beyond := -len(token_ids) % step:
+            hidden, positions = pad(hidden, (0, 0, 0, beyond)), pad(positions, (0, beyond))
         return hidden, positions, self.decoder.rotary_emb(hidden, positions)
 
     def _prepare(self, pack: Pack) -> Prepared:
@@ -182,7 +184,7 @@ class YesNoCrossEncoder(torch.nn.Module):
         hidden, positions, rotary = self._embed(ids.astype(np.int64), np.arange(len(ids)))
         for layer in self.decoder.layers:
             hidden = _run_stock_layer(layer, hidden, positions, rotary, captured=captured)
-        return captured
+        return [(key[:, :, : len(ids)], value[:, :, : len(ids)]) for key, value in captured]
 
 
 def _run_stock_layer(

@@ -1,7 +1,7 @@
 """Which tokens travel together: pure planning, before any tensor exists.
 
 A pack is one row of tokens, `[head | document | document | head | document ...]`: every document
-follows the head of its query, nothing is padded, and one forward scores them all. The beginning
+follows the head of its query, no document is padded, and one forward scores them all. The beginning
 of a head may stay outside, computed once for many packs. This file decides who sits in which pack,
 at which position, and what stays outside. Knows nothing of torch or text.
 """
