@@ -27,7 +27,7 @@ _FEWEST_PRODUCTS = 4_000_000
 """Of a document, heads * queries * keys * head size: below, a block's many calls cost more."""
 
 _KEPT_MASK = 2**18
-"""Largest mask that is kept, before its size is rounded to a power of two."""
+"""Numbers of the largest mask that is kept; rounding makes it up to four times as large."""
 
 
 def attend_tail(
@@ -91,19 +91,20 @@ def _padded(tokens: torch.Tensor, ahead: int, behind: int) -> torch.Tensor:
 
 
 def _kept_mask(query: torch.Tensor, before: int, num_keys: int) -> torch.Tensor:
-    """Return a `tail_mask`, cut from one that serves many documents and every layer."""
+    """Return a `tail_mask`, cut from one that serves every layer and documents of other lengths."""
     rows = query.shape[2]
     size = max(rows, num_keys - before)
     if size * num_keys > _KEPT_MASK:
         return tail_mask(query, before, size)[:rows, :num_keys]
-    size = 1 << (size - 1).bit_length()
-    return _cached_mask(before, size, query.dtype, query.device)[:rows, :num_keys]
+    size, ahead = (1 << (number - 1).bit_length() for number in (size, before))
+    mask = _cached_mask(ahead, size, query.dtype, query.device)
+    return mask[:rows, ahead - before : ahead - before + num_keys]
 
 
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)  # what serving has made, training may need
-def _cached_mask(before: int, size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return tail_mask(torch.empty(0, dtype=dtype, device=device), before, size)
+def _cached_mask(ahead: int, size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return tail_mask(torch.empty(0, dtype=dtype, device=device), ahead, size)
 
 
 def _skips_mask(before: int, length: int) -> bool:

@@ -53,12 +53,12 @@ def prepacking_pays(dtype: torch.dtype) -> bool:
 def size_step(dtype: torch.dtype) -> int:
     """Return what the sizes of matrices should be multiples of here, 1 if all are as good.
 
-    AMX multiplies 16 rows at once, two times two tiles best, and for every other size a kernel is
-    compiled: 7 ms for a matrix that takes 1, and 4 ms and up to 1 MB that is never given back for a
-    document's attention (Sapphire Rapids, torch 2.13; `python -m benchmarks.choices`).
+    AMX multiplies 16 rows at once, two times two tiles best, and for every other size kernels are
+    compiled: up to 7 ms for a matrix that takes 1, and torch's attention never gives them back,
+    0.15 MB for each of 2,000 documents and 1 MB for longer ones (benchmarks/RESULTS.md).
     """
-    needed = {torch.bfloat16: "amx_bf16", torch.float16: "amx_fp16"}.get(dtype, "")
-    return 32 if torch.cpu.get_capabilities().get(needed) else 1
+    has_amx = bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    return 32 if has_amx and dtype is torch.bfloat16 else 1
 
 
 @torch.inference_mode()

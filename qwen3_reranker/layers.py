@@ -57,6 +57,8 @@ def last_layer(
 ) -> torch.Tensor:
     """Return what a layer computes of each document's last token; arguments as of `run_layer`.
 
+    Of as many rows as there are documents, which is a size of its own, but of one layer alone.
+
     Returns:
         Shape (documents, hidden).
     """

@@ -184,7 +184,8 @@ class YesNoCrossEncoder(torch.nn.Module):
         hidden, positions, rotary = self._embed(ids.astype(np.int64), np.arange(len(ids)))
         for layer in self.decoder.layers:
             hidden = _run_stock_layer(layer, hidden, positions, rotary, captured=captured)
-        return [(key[:, :, : len(ids)], value[:, :, : len(ids)]) for key, value in captured]
+        own = slice(len(ids))  # without what fills a size up
+        return [(key[:, :, own].clone(), value[:, :, own].clone()) for key, value in captured]
 
 
 def _run_stock_layer(

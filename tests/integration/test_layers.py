@@ -57,6 +57,7 @@ def test_strips_and_sizes_change_no_score(
             monkeypatch.setattr(module, "size_step", lambda dtype, step=step: step)
         # Several packs, so that the query's head is computed by itself.
         with Reranker(str(checkpoint(family=family)), device="cpu", max_batch_tokens=300) as each:
+            assert each.loaded.choices["layers"].startswith("lean")
             found.append([result.log_odds for result in each.rank("water", documents)])
     np.testing.assert_allclose(found[1:], found[:1] * 3, rtol=1e-5, atol=1e-5)
 

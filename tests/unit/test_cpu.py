@@ -13,7 +13,6 @@ from qwen3_reranker import cpu
     [
         ("amx_bf16", torch.bfloat16, 32),
         ("amx_bf16", torch.float16, 1),
-        ("amx_fp16", torch.float16, 32),
         ("amx_bf16", torch.float32, 1),
         ("avx512_bf16", torch.bfloat16, 1),
     ],
