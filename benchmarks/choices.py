@@ -36,6 +36,7 @@ SHAPES = (
     (0, 700),
     (0, 4000),
 )
+NEW_LENGTHS = 2000
 HEADS, KEY_HEADS, HEAD_SIZE = 16, 8, 128
 
 
@@ -113,10 +114,10 @@ def measure_new_lengths(dtype: torch.dtype, step: int) -> None:
         step: What sizes are rounded up to.
     """
     rng = np.random.default_rng(step)
-    befores, lengths = rng.integers(60, 120, 2000), rng.integers(20, 400, 2000)
+    befores, lengths = (rng.integers(*span, NEW_LENGTHS) for span in ((60, 120), (20, 400)))
     query, key = (torch.randn(1, heads, 520, HEAD_SIZE).to(dtype) for heads in (HEADS, KEY_HEADS))
     seconds, memory = [], resident_bytes("VmRSS")
-    with patch.object(causal, "size_step", lambda dtype: step):
+    with patch.object(causal, "size_step", lambda device, dtype: step):
         for _ in range(2):
             start = time.process_time()
             for before, length in zip(befores, lengths, strict=True):
@@ -137,7 +138,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with torch.inference_mode():
         for dtype in (torch.float32, torch.bfloat16):
             measure_attention(args.rounds, dtype)
-        print("\n2000 documents of 20 to 400 tokens after 60 to 120, bfloat16, CPU ms per call")
+        print(
+            f"\n{NEW_LENGTHS} documents of 20 to 400 tokens after 60 to 120, bfloat16, CPU ms each"
+        )
         print("step   first   again  MB more after")
         for step in (32, 1):
             measure_new_lengths(torch.bfloat16, step)

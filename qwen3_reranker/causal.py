@@ -74,7 +74,7 @@ def tail_by_kernel(
     size up, and keys that do come last, where no token sees them.
     """
     length, before = query.shape[2], key.shape[2] - query.shape[2]
-    step = size_step(query.dtype) if query.device.type == "cpu" else 1
+    step = size_step(query.device, query.dtype)
     is_masked = before > 0 and not _skips_mask(before, length)
     ahead = 0 if is_masked else before
     query = _padded(query, ahead, -(ahead + length) % step)

@@ -1,6 +1,6 @@
 """What this CPU multiplies fastest: measured, because to have instructions is not enough.
 
-Decides nothing for other devices. Knows nothing of checkpoints.
+Knows nothing of checkpoints.
 """
 
 from __future__ import annotations
@@ -50,15 +50,16 @@ def prepacking_pays(dtype: torch.dtype) -> bool:
 
 
 @cache
-def size_step(dtype: torch.dtype) -> int:
-    """Return what the sizes of matrices should be multiples of here, 1 if all are as good.
+def size_step(device: torch.device, dtype: torch.dtype) -> int:
+    """Return what the sizes of matrices should be multiples of, 1 if all are as good.
 
     AMX multiplies 16 rows at once, two times two tiles best, and for every other size kernels are
     compiled: up to 7 ms for a matrix that takes 1, and torch's attention never gives them back,
     0.15 MB for each of 2,000 documents and 1 MB for longer ones (benchmarks/RESULTS.md).
     """
-    has_amx = bool(torch.cpu.get_capabilities().get("amx_bf16"))
-    return 32 if has_amx and dtype is torch.bfloat16 else 1
+    if device.type != "cpu" or dtype is not torch.bfloat16:
+        return 1
+    return 32 if torch.cpu.get_capabilities().get("amx_bf16") else 1
 
 
 @torch.inference_mode()

@@ -166,8 +166,7 @@ class YesNoCrossEncoder(torch.nn.Module):
         """
         positions = torch.from_numpy(position_ids).to(self.device)[None]
         hidden = self.decoder.embed_tokens(torch.from_numpy(token_ids).to(self.device)[None])
-        step = size_step(hidden.dtype) if self.device.type == "cpu" else 1
-        if beyond := -len(token_ids) % step:
+        if beyond := -len(token_ids) % size_step(hidden.device, hidden.dtype):
             hidden, positions = pad(hidden, (0, 0, 0, beyond)), pad(positions, (0, beyond))
         return hidden, positions, self.decoder.rotary_emb(hidden, positions)
 

@@ -48,9 +48,10 @@ class Reranker(BaseReranker):
         dtype: "float32", "bfloat16", "float16", "int8", "nf4" or a torch dtype. None takes the
             checkpoint's own on CUDA; on CPU float32, unless the checkpoint is bfloat16 and the CPU
             multiplies that faster. With "int8" layers on a CPU multiply in 8 bits: about twice as
-            fast, for scores that are off by what `doctor` says. On a GPU their weights alone are
-            kept in 8 bits, half of bfloat16's memory for the layers, and slower; with "nf4", which
-            needs the extra `quantization`, in 4 bits, a quarter. Scores are off likewise.
+            fast as in float32, for scores that are off by what `doctor` says. On a GPU their
+            weights alone are kept in 8 bits, half of bfloat16's memory for the layers, and slower;
+            with "nf4", which needs the extra `quantization`, in 4 bits, a quarter. Scores are off
+            likewise.
         device: A torch device, None for CUDA where available, else CPU.
         template: Prompt template or its id. None takes the adapter's recorded one, else what the
             tokenizer can express.

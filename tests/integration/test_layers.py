@@ -51,10 +51,11 @@ def test_strips_and_sizes_change_no_score(
     checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
     documents, found = ["tea", "rain " * 90, "light", "", "snow " * 700], []
-    for numbers, step in ((2**30, 1), (1, 1), (1000, 32), (2**17, 64)):  # all, a token a strip
+    # Strips of all tokens, and of one.
+    for numbers, step in ((2**30, 1), (1, 1), (1000, 32), (2**17, 64)):
         monkeypatch.setattr(layers, "_STRIP", numbers)
         for module in (causal, model):
-            monkeypatch.setattr(module, "size_step", lambda dtype, step=step: step)
+            monkeypatch.setattr(module, "size_step", lambda *_, step=step: step)
         # Several packs, so that the query's head is computed by itself.
         with Reranker(str(checkpoint(family=family)), device="cpu", max_batch_tokens=300) as each:
             assert each.loaded.choices["layers"].startswith("lean")

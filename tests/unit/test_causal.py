@@ -54,7 +54,7 @@ def test_both_ways_equal_the_definition(
     heads: tuple[int, int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(causal, "size_step", lambda dtype: step)
+    monkeypatch.setattr(causal, "size_step", lambda device, dtype: step)
     inputs = draw(length, before, heads=heads)
     kept = [tensor.clone() for tensor in inputs]
     output = WAYS[way](*inputs, 0.25)
@@ -80,7 +80,7 @@ def test_the_kernel_sees_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(query, key, *args, **kwargs)
 
     monkeypatch.setattr(causal, "sdpa", record)
-    monkeypatch.setattr(causal, "size_step", lambda dtype: 32)
+    monkeypatch.setattr(causal, "size_step", lambda device, dtype: 32)
     for before in range(60, 124, 3):
         for length in (*range(1, 300, 7), 600, 601):
             causal.tail_by_kernel(*draw(length, before), 0.25)

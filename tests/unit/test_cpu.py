@@ -9,16 +9,17 @@ from qwen3_reranker import cpu
 
 
 @pytest.mark.parametrize(
-    ("has", "dtype", "expected"),
+    ("has", "device", "dtype", "expected"),
     [
-        ("amx_bf16", torch.bfloat16, 32),
-        ("amx_bf16", torch.float16, 1),
-        ("amx_bf16", torch.float32, 1),
-        ("avx512_bf16", torch.bfloat16, 1),
+        ("amx_bf16", "cpu", torch.bfloat16, 32),
+        ("amx_bf16", "cuda", torch.bfloat16, 1),
+        ("amx_bf16", "cpu", torch.float16, 1),
+        ("amx_bf16", "cpu", torch.float32, 1),
+        ("avx512_bf16", "cpu", torch.bfloat16, 1),
     ],
 )
 def test_sizes_are_rounded_for_amx_alone(
-    has: str, dtype: torch.dtype, expected: int, monkeypatch: pytest.MonkeyPatch
+    has: str, device: str, dtype: torch.dtype, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {has: True})
-    assert cpu.size_step.__wrapped__(dtype) == expected
+    assert cpu.size_step.__wrapped__(torch.device(device), dtype) == expected
