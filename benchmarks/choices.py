@@ -1,7 +1,8 @@
-"""The measurements behind constants: tokens per pack on CPU, and how attention is computed there.
+"""The measurements behind constants of the CPU: packs, attention, strips and sizes of matrices.
 
-Decides nothing itself; prints what `loading._CPU_BATCH_TOKENS`, `cpu.size_step` and the choices of
-`causal` were made by. Random weights and ids, process CPU seconds, minimum of interleaved rounds.
+Decides nothing itself; prints what `loading._CPU_BATCH_TOKENS`, `layers._STRIP`, `cpu.size_step`
+and the choices of `causal` were made by. Random weights and ids, process CPU seconds, minimum of
+interleaved rounds.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
 import torch
 
-from qwen3_reranker import causal
+from qwen3_reranker import causal, layers
 from qwen3_reranker.loading import load_model
 from qwen3_reranker.packing import Budget, Group, Pack, build_pack, plan_packs
+from qwen3_reranker.prepacked import prepacked
 from tests.real_parts import QWEN3_0_6B, save_random_qwen3
 
 from .workload import resident_bytes
@@ -36,8 +39,10 @@ SHAPES = (
     (0, 700),
     (0, 4000),
 )
-NEW_LENGTHS = 2000
+NEW_LENGTHS, NEW_ROWS = 2000, 500
+STRIPS = (2**13, 2**15, 2**17, 2**19, 2**30)
 HEADS, KEY_HEADS, HEAD_SIZE = 16, 8, 128
+HIDDEN, INTERMEDIATE = 1024, 3072
 
 
 def fastest(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -106,6 +111,27 @@ def measure_attention(rounds: int, dtype: torch.dtype) -> None:
         print(f"{before:6d}  {length:8d} {times}", flush=True)
 
 
+def measure_strips(rounds: int, dtype: torch.dtype) -> None:
+    """Print what norms and rotations of 2,000 tokens cost by the numbers of a strip."""
+    norm = torch.nn.RMSNorm(HEAD_SIZE, dtype=dtype)
+    attention = SimpleNamespace(
+        q_proj=lambda hidden: hidden,
+        q_norm=SimpleNamespace(weight=norm.weight, variance_epsilon=1e-6),
+        head_dim=HEAD_SIZE,
+    )
+    queries = torch.randn(1, 2000, HEADS * HEAD_SIZE).to(dtype)
+    angles = torch.rand(1, 2000, HEAD_SIZE // 2).repeat(1, 1, 2)
+    rotary = angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def rotate(strip: int) -> None:
+        with patch.object(layers, "_STRIP", strip):
+            layers._heads(attention, "q", queries, rotary)
+
+    least = fastest({str(strip): partial(rotate, strip) for strip in STRIPS}, rounds)
+    times = "  ".join(f"{1e3 * seconds:8.1f}" for seconds in least.values())
+    print(f"{dtype!s:14s} {times}", flush=True)
+
+
 def measure_new_lengths(dtype: torch.dtype, step: int) -> None:
     """Print what attention costs for lengths that were never seen, and again.
 
@@ -116,17 +142,41 @@ def measure_new_lengths(dtype: torch.dtype, step: int) -> None:
     rng = np.random.default_rng(step)
     befores, lengths = (rng.integers(*span, NEW_LENGTHS) for span in ((60, 120), (20, 400)))
     query, key = (torch.randn(1, heads, 520, HEAD_SIZE).to(dtype) for heads in (HEADS, KEY_HEADS))
-    seconds, memory = [], resident_bytes("VmRSS")
+
+    def attend(before: int, length: int) -> None:
+        keys = key[:, :, : before + length]
+        causal.tail_by_kernel(query[:, :, :length], keys, keys, HEAD_SIZE**-0.5)
+
     with patch.object(causal, "size_step", lambda device, dtype: step):
-        for _ in range(2):
-            start = time.process_time()
-            for before, length in zip(befores, lengths, strict=True):
-                keys = key[:, :, : before + length]
-                causal.tail_by_kernel(query[:, :, :length], keys, keys, HEAD_SIZE**-0.5)
-            seconds.append((time.process_time() - start) / len(lengths))
+        calls = [partial(attend, *sizes) for sizes in zip(befores, lengths, strict=True)]
+        measure_twice(f"attention     {step:4d}", calls)
+
+
+def measure_new_rows(dtype: torch.dtype, step: int) -> None:
+    """Print what a layer's largest matrix costs for numbers of rows never seen, and again.
+
+    Args:
+        dtype: Of weights and rows.
+        step: What numbers of rows are rounded up to.
+    """
+    plain = torch.nn.Linear(HIDDEN, INTERMEDIATE, bias=False, dtype=dtype)
+    packed = prepacked(plain)
+    rows = torch.randn(2048, HIDDEN).to(dtype)
+    sizes = -(-np.random.default_rng(0).integers(1, 2049, NEW_ROWS) // step) * step
+    measure_twice(f"a matrix      {step:4d}", [partial(packed, rows[:size]) for size in sizes])
+
+
+def measure_twice(name: str, calls: Sequence[Callable[[], object]]) -> None:
+    """Print the mean cost of the calls at first and again, and what memory both have taken."""
+    seconds, memory = [], resident_bytes("VmRSS")
+    for _ in range(2):
+        start = time.process_time()
+        for call in calls:
+            call()
+        seconds.append((time.process_time() - start) / len(calls))
     more = (resident_bytes("VmRSS") - memory) / 1e6
     times = "  ".join(f"{1e3 * each:6.2f}" for each in seconds)
-    print(f"{step:4d}  {times}  {more:13.0f}", flush=True)
+    print(f"{name}  {times}  {more:13.0f}", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -138,12 +188,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     with torch.inference_mode():
         for dtype in (torch.float32, torch.bfloat16):
             measure_attention(args.rounds, dtype)
+        print("\nnorm and rotation of queries, 2000 tokens, CPU ms by numbers of a strip")
+        print(" " * 15 + "  ".join(f"{f'2**{strip.bit_length() - 1}':>8}" for strip in STRIPS))
+        for dtype in (torch.float32, torch.bfloat16):
+            measure_strips(args.rounds, dtype)
         print(
-            f"\n{NEW_LENGTHS} documents of 20 to 400 tokens after 60 to 120, bfloat16, CPU ms each"
+            f"\nbfloat16, CPU ms each: attention of {NEW_LENGTHS} documents of 20 to 400 tokens "
+            f"after 60 to 120;\na matrix of {HIDDEN} by {INTERMEDIATE} with {NEW_ROWS} numbers of "
+            "rows up to 2048"
         )
-        print("step   first   again  MB more after")
-        for step in (32, 1):
-            measure_new_lengths(torch.bfloat16, step)
+        print("of            step   first   again  MB more after")
+        for measure in (measure_new_lengths, measure_new_rows):
+            for step in (32, 1):
+                measure(torch.bfloat16, step)
         measure_budgets(args.rounds, args.documents)
     return 0
 
