@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from sentence_transformers import CrossEncoder
 
 from finetune.gguf_export import FILE, write_gguf
 from finetune.whole import load_whole
-from qwen3_reranker import Reranker
+from qwen3_reranker import Reranker, loading
 from qwen3_reranker.loading import DTYPES
 from tests.official import INSTRUCTION, PREFIX, SUFFIX, format_body
 
@@ -29,11 +30,12 @@ Batch: TypeAlias = Sequence[tuple[str, list[str]]]
 
 OURS = "qwen3-reranker"
 OURS_INT8 = "qwen3-reranker, int8"
+OURS_STOCK = "qwen3-reranker, stock layers"
 OFFICIAL = "official script"
 LLAMA_CPP = "llama.cpp"
 NAMES = (
     OFFICIAL, "official, last logits", "transformers, sorted", "sentence-transformers",
-    LLAMA_CPP, OURS, OURS_INT8,
+    LLAMA_CPP, OURS, OURS_INT8, OURS_STOCK,
 )  # fmt: skip
 OFFICIAL_BATCH = 8
 _MAX_LENGTH = 8192
@@ -169,11 +171,19 @@ def load(folder: Path, dtype: str, device: str, names: Sequence[str] = NAMES) ->
     if LLAMA_CPP in names:
         llama = LlamaCpp(folder)
         contenders.append(Contender(LLAMA_CPP, llama.score, lambda: llama.tokens))
-    for name, ours in ((OURS, dtype), (OURS_INT8, "int8")):
+    for name, ours in ((OURS, dtype), (OURS_INT8, "int8"), (OURS_STOCK, dtype)):
         if name in names:
             reranker = Reranker(str(folder), dtype=ours, device=device)
+            if name == OURS_STOCK:
+                _use_stock_layers(reranker)
             contenders.append(Contender(name, partial(_rank, reranker), partial(_tokens, reranker)))
     return [contender for contender in contenders if contender.name in names]
+
+
+def _use_stock_layers(reranker: Reranker) -> None:
+    """Load it with transformers' own layers and weights as torch has them; packs stay ours."""
+    with patch.object(loading, "prepacking_pays", lambda dtype: False):
+        reranker.loaded.network.is_lean = False
 
 
 def _rank(reranker: Reranker, batch: Batch) -> list[float]:

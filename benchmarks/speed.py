@@ -2,7 +2,8 @@
 
     python -m benchmarks.speed --workloads w1 w3 w6
 
-llama.cpp takes part where xllamacpp is installed.
+llama.cpp takes part where xllamacpp is installed. "qwen3-reranker, stock layers", our packs on
+transformers' own layers, takes part where it is named.
 
 Decides the workloads and the extrapolation to full depth. Knows nothing of quality: the weights are
 random, which changes no cost. Every contender starts from text and ends with P("yes"); none is
@@ -47,6 +48,7 @@ from .contenders import (
     OFFICIAL,
     OURS,
     OURS_INT8,
+    OURS_STOCK,
     TOLERANCES,
     Batch,
     check_agreement,
@@ -291,7 +293,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=["w1-12"])
-    here = [n for n in NAMES if n != LLAMA_CPP or find_spec("xllamacpp")]
+    here = [n for n in NAMES if n != OURS_STOCK and (n != LLAMA_CPP or find_spec("xllamacpp"))]
     parser.add_argument("--contenders", nargs="+", choices=NAMES, default=here)
     parser.add_argument("--dtypes", nargs="+", choices=TOLERANCES, default=list(TOLERANCES))
     parser.add_argument("--widths", choices=WIDTHS, default="0.6b")
