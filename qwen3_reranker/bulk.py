@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from . import inputs
 from .errors import InputError
 from .reranker import Reranker
 
@@ -58,26 +57,21 @@ def score_columns(reranker: Reranker, batch: Mapping[str, Sequence[Any]]) -> dic
             default; others are passed through.
 
     Raises:
-        InputError: If a column is missing or would be overwritten, or a row is no pair of texts; it
-            names the row of the batch.
+        InputError: If a column is missing or would be overwritten, or a row is no pair of texts
+            that fits; rows of the batch are pairs in it.
         Qwen3RerankerError: As `Reranker.rank`.
     """
     _check_columns(batch)
-    queries, documents, positions = _group(batch)
-    rankings = reranker.rank_many(
-        [query for _, query in queries],
-        documents,
-        instruction=[instruction for instruction, _ in queries],
-    )
-    num_rows = len(batch["query"])
-    scores, log_odds = np.empty(num_rows), np.empty(num_rows)
-    truncated = np.empty(num_rows, bool)
-    for ranking, rows in zip(rankings, positions, strict=True):
-        for result in ranking:
-            row = rows[result.index]
-            scores[row], log_odds[row] = result.score, result.log_odds
-            truncated[row] = result.truncated
-    return {**batch, "score": scores, "log_odds": log_odds, "truncated": truncated}
+    pairs = list(zip(batch["query"], batch["document"], strict=True))
+    given = list(batch["instruction"]) if "instruction" in batch else None
+    job = reranker._job_of_pairs(pairs, given, None)
+    scored = reranker._score(job)
+    return {
+        **batch,
+        "score": np.array(job.in_rows(scored.scores), float),
+        "log_odds": np.array(job.in_rows(scored.log_odds), float),
+        "truncated": np.array(job.in_rows(scored.truncated), bool),
+    }
 
 
 def _check_columns(batch: Mapping[str, Sequence[Any]]) -> None:
@@ -92,17 +86,3 @@ def _check_columns(batch: Mapping[str, Sequence[Any]]) -> None:
         raise InputError(
             f"a batch has a column {taken[0]} already, which would be overwritten. Rename it first."
         )
-
-
-def _group(
-    batch: Mapping[str, Sequence[Any]],
-) -> tuple[list[tuple[str | None, str]], list[list[str]], list[list[int]]]:
-    """Return the distinct (instruction, query)s, the documents of each, and their rows."""
-    pairs = inputs.pairs(zip(batch["query"], batch["document"], strict=True))
-    given = list(batch["instruction"]) if "instruction" in batch else None
-    instructions = inputs.instructions(given, len(pairs))
-    rows: dict[tuple[str | None, str], list[int]] = {}
-    for row, (instruction, (query, _)) in enumerate(zip(instructions, pairs, strict=True)):
-        rows.setdefault((instruction, query), []).append(row)
-    documents = [[pairs[row][1] for row in group] for group in rows.values()]
-    return list(rows), documents, list(rows.values())

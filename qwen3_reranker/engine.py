@@ -26,7 +26,7 @@ from time import monotonic
 from .errors import ClosedError, OverloadedError, ReentryError
 from .faults import Forwards, Part, Score
 from .packing import Budget, Room
-from .request import Progress, Request, ScoresFuture
+from .request import Name, Progress, Request, ScoresFuture, place_of
 from .score_cache import ScoreCache
 from .tokenization import EncodedGroup
 
@@ -92,14 +92,23 @@ class Engine:
         self._is_closed = False
         self._owner = threading.Thread(target=self._run, name="qwen3-reranker", daemon=True)
         self._owner.start()
-        _loaded_in.add(os.getpid())
+        claim_process()
         _engines.add(self)
         _owners.add(self._owner)
 
     def submit(
-        self, groups: Sequence[EncodedGroup], *, progress: Progress | None = None
+        self,
+        groups: Sequence[EncodedGroup],
+        *,
+        name: Name = place_of,
+        progress: Progress | None = None,
     ) -> ScoresFuture:
         """Queue groups for scoring.
+
+        Args:
+            groups: Heads and documents.
+            name: How errors call a document.
+            progress: Told of scored documents.
 
         Raises:
             OverloadedError: If too many requests wait already.
@@ -116,7 +125,7 @@ class Engine:
             raise OverloadedError(
                 f"{self._max_waiting} calls wait already. Try again later, or send fewer at a time."
             )
-        request = Request(groups, progress)
+        request = Request(groups, progress, name=name)
         if not self._is_closed:
             self._waiting.put(request)
         # Closed meanwhile: the owner may have gone without it.
@@ -148,14 +157,18 @@ class Engine:
                 if is_open:
                     self._serve_pack()
             except BaseException as error:  # a fault of this file: nobody may wait for ever
-                for request in list(self._active):
-                    self._fail(request, error)
+                self._fail_active(error)
         for request in self._active:
             request.future.set_exception(
                 ClosedError("the reranker was closed while this call was scored.")
             )
         self._active.clear()
         self._fail_waiting()
+
+    def _fail_active(self, error: BaseException) -> None:
+        """Fail all that is served; a frame of its own, or an idle owner would hold the last one."""
+        for request in list(self._active):
+            self._fail(request, error)
 
     def _fail_waiting(self) -> None:
         with contextlib.suppress(queue.Empty):
@@ -265,7 +278,7 @@ class Engine:
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 _owners: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 _loaded_in: set[int] = set()
-"""Ids of the processes in which an engine was made; a fork copies them."""
+"""Ids of the processes in which a model was loaded; a fork copies them."""
 
 
 @atexit.register
@@ -284,11 +297,16 @@ def _await_owners() -> None:
         os._exit(130)
 
 
+def claim_process() -> None:
+    """Note that this process loads a model; call it before, as the fork may come meanwhile."""
+    _loaded_in.add(os.getpid())
+
+
 def refuse_fork() -> None:
     """Refuse to score in a child process of one that has loaded a model.
 
     Raises:
-        ClosedError: If this process was forked after a model was loaded.
+        ClosedError: If this process was forked after it began to load a model.
     """
     if _loaded_in and os.getpid() not in _loaded_in:
         raise ClosedError(

@@ -21,6 +21,10 @@ from .request import Request
 
 logger = logging.getLogger(__name__)
 
+_PATIENCE = 64
+"""Packs that fit, one after the other, before twice as much is tried again: memory that ran out
+may have been another process's, and a pack that does not fit is computed once more in halves."""
+
 Score = Callable[[Pack], NDArray[np.float32]]
 Part: TypeAlias = tuple[Request, list[Seat]]
 """What one request has in a pack."""
@@ -36,7 +40,7 @@ class Forwards:
         budget: What a pack may hold at first.
 
     Attributes:
-        budget: What a pack may hold; halved when memory runs out.
+        budget: What a pack may hold; halved when memory runs out, and doubled again later.
     """
 
     def __init__(
@@ -45,7 +49,8 @@ class Forwards:
         self._score = score
         self._rescore = rescore
         self._backend = backend
-        self.budget = budget
+        self.budget = self._most = budget
+        self._num_fitted = 0  # packs since memory ran out, or the budget grew
 
     def run(
         self, parts: Sequence[Part]
@@ -65,6 +70,7 @@ class Forwards:
         if isinstance(scored, MemoryError):
             yield from self._halve(parts)
         elif not isinstance(scored, BaseException):
+            self._grow()
             ends = np.cumsum([sum(len(seat.documents) for seat in seats) for _, seats in parts])
             yield from zip(parts, np.split(self._corrected(parts, scored), ends[:-1]), strict=True)
         elif len(parts) > 1:  # one bad document must fail its own caller alone
@@ -77,7 +83,8 @@ class Forwards:
     def _halve(
         self, parts: Sequence[Part]
     ) -> Iterator[tuple[Part, NDArray[np.float32] | BaseException]]:
-        """Score both halves of a pack that did not fit, and make smaller packs from now on."""
+        """Score both halves of a pack that did not fit, and make smaller packs for a while."""
+        self._num_fitted = 0
         alone = _singly(parts)
         if len(alone) == 1:
             request, seat = alone[0]
@@ -85,8 +92,8 @@ class Forwards:
                 parts[0],
                 DocumentTooLargeError(
                     f"{request.name_of(seat)} does not fit into memory even alone "
-                    f"({request.num_tokens(seat)} tokens with its query). Lower max_length, use a "
-                    "smaller dtype, or a device with more memory."
+                    f"({request.num_tokens(replace(seat, num_cached=0))} tokens with its query). "
+                    "Lower max_length, use a smaller dtype, or a device with more memory."
                 ),
             )
             return
@@ -98,10 +105,27 @@ class Forwards:
                 max_batch_tokens=half,
                 max_attention_tokens=None if attention is None else max(attention // 2, 1),
             )
-            logger.warning("Memory ran out; packs hold at most %d tokens from now on.", half)
+            logger.warning("Memory ran out; packs hold at most %d tokens for a while.", half)
         middle = len(alone) // 2
         for side in (alone[:middle], alone[middle:]):
             yield from self.run(_regroup(side))
+
+    def _grow(self) -> None:
+        """Count a pack that fitted; make larger ones again after many."""
+        self._num_fitted += 1
+        if self._num_fitted < _PATIENCE or self.budget == self._most:
+            return
+        self._num_fitted = 0
+        tokens, most = 2 * self.budget.max_batch_tokens, self._most
+        if tokens >= most.max_batch_tokens:
+            self.budget = most
+            return
+        attention = self.budget.max_attention_tokens
+        self.budget = replace(
+            self.budget,
+            max_batch_tokens=tokens,
+            max_attention_tokens=None if attention is None else 2 * attention,
+        )
 
     def _corrected(self, parts: Sequence[Part], scored: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the scores with those that are not finite computed again, once."""
@@ -110,12 +134,23 @@ class Forwards:
             return scored
         logger.warning("Scores that were not finite are computed again: %d.", len(bad))
         alone = [(request, replace(seat, num_cached=0)) for request, seat in _singly(parts)]
-        pack = _build(_regroup([alone[i] for i in bad]), self._backend)
-        again = _try(self._rescore, pack)
         corrected = scored.copy()
-        if not isinstance(again, BaseException):
-            corrected[bad] = again
+        corrected[bad] = self._again(self._rescore, [alone[i] for i in bad])
         return corrected
+
+    def _again(self, rescore: Score, alone: Sequence[tuple[Request, Seat]]) -> NDArray[np.float32]:
+        """Return scores in higher precision, NaN where that fails, too."""
+        scored = _try(rescore, _build(_regroup(alone), self._backend))
+        if isinstance(scored, MemoryError) and len(alone) > 1:
+            middle = len(alone) // 2
+            halves = [self._again(rescore, side) for side in (alone[:middle], alone[middle:])]
+            return np.concatenate(halves)
+        if isinstance(scored, BaseException):
+            logger.warning("Computing scores again failed: %s.", type(scored).__name__)
+            for request, _ in alone:
+                request.second_error = type(scored).__name__
+            return np.full(len(alone), np.nan, np.float32)
+        return scored
 
 
 def _try(score: Score, pack: Pack) -> NDArray[np.float32] | BaseException:

@@ -25,7 +25,7 @@ class HeadCache:
     """Keeps beginnings by their token ids; belongs to one network, whose weights never change.
 
     Args:
-        max_tokens: Tokens kept in all. A longer beginning is computed each time.
+        max_tokens: Tokens kept in all; no beginning is longer.
     """
 
     def __init__(self, max_tokens: int) -> None:

@@ -6,16 +6,20 @@ nothing of threads or models.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import accumulate, chain
 from time import monotonic
+from typing import TypeVar
 
 from .calibration import UNCALIBRATED, Calibration
 from .errors import InputError
 from .results import RankedDocument, cut_ranking, rank_documents
 from .tokenization import EncodedGroup, PromptTokenizer
 from .windows import Piece, WindowScore, encode_windows, fold
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,17 +31,45 @@ class Job:
         documents: Documents of each.
         instructions: Task sentence of each; None is the template's own.
         deadline: When the call gives up, on the monotonic clock; None for never.
+        rows: If the caller gave pairs, for each query the pairs that its documents are of.
     """
 
     queries: list[str] = field(repr=False)
     documents: list[list[str]] = field(repr=False)
     instructions: list[str | None] = field(repr=False)
     deadline: float | None = None
+    rows: list[list[int]] | None = None
 
     @property
     def num_documents(self) -> int:
         """Documents of all queries."""
         return sum(map(len, self.documents))
+
+    def name_query(self, query: int) -> str:
+        """Return how the caller knows a query."""
+        if self.rows is not None:
+            return f"query of pairs[{self.rows[query][0]}]"
+        return "query" if len(self.queries) == 1 else f"queries[{query}]"
+
+    def name_document(self, query: int, document: int) -> str:
+        """Return how the caller knows a document."""
+        if self.rows is not None:
+            return f"document of pairs[{self.rows[query][document]}]"
+        is_single = len(self.queries) == 1
+        return f"documents[{document}]" if is_single else f"documents[{query}][{document}]"
+
+    def in_rows(self, values: Sequence[Sequence[Value]]) -> list[Value]:
+        """Return what belongs to each document in the order of the caller's pairs.
+
+        Example:
+            >>> Job(["q", "r"], [["a", "c"], ["b"]], [None] * 2, rows=[[0, 2], [1]]).in_rows(
+            ...     [[0.1, 0.3], [0.2]]
+            ... )
+            [0.1, 0.2, 0.3]
+        """
+        rows = chain.from_iterable(self.rows or [])
+        found = dict(zip(rows, chain.from_iterable(values), strict=True))
+        return [found[row] for row in range(len(found))]
 
     def seconds_left(self) -> float | None:
         """Return how long the call may still take, None for as long as it takes."""
@@ -79,6 +111,11 @@ class EncodedJob:
         return sum(
             len(group.head) + len(document) for group in self.groups for document in group.documents
         )
+
+    def name(self, job: Job, query: int, place: int) -> str:
+        """Return how the caller knows a document, given its or its window's place in a group."""
+        counts = [1 if windows is None else len(windows) for windows in self.pieces[query]]
+        return job.name_document(query, bisect_right(list(accumulate(counts)), place))
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +166,9 @@ def encode_job(job: Job, tokenizer: PromptTokenizer, limits: Limits) -> EncodedJ
                     max_windows=limits.max_windows,
                 )
         except InputError as error:
-            if len(job.queries) == 1:
+            if len(job.queries) == 1 and job.rows is None:
                 raise
-            raise InputError(f"queries[{i}]: {error}") from error
+            raise InputError(f"{job.name_query(i)}: {error}") from error
         encoded.groups.append(group)
         encoded.pieces.append(pieces)
         encoded.truncated.append(truncated)

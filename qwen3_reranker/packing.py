@@ -8,6 +8,7 @@ at which position, and what stays outside. Knows nothing of torch or text.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -128,7 +129,7 @@ class Budget:
         max_attention_tokens: Limit of sum(P + L) over a pack's documents, L being the longest of
             its group there, for backends that copy the head beside each document and pad; None
             if the backend does neither.
-        max_cached_tokens: Longest beginning of a head that may stay outside.
+        max_cached_tokens: Most tokens of heads' beginnings that may stay outside for a request.
         max_documents: Documents per pack; None sets no limit, 1 makes scores independent of
             company to the last bit.
     """
@@ -176,8 +177,9 @@ class Line:
     many document tokens as its head has: a long query with short documents costs at most twice
     its documents, and a pack at most twice the head. A pair above the budget travels alone.
 
-    What stays outside the row depends on the group and the budget alone, never on what is cached
-    already: the whole head of a group that needs several packs, else what other queries share.
+    What stays outside the row depends on the request and the budget alone, never on what is cached
+    already: the whole head of a group that needs several packs, else what other queries share,
+    unless the request has more different beginnings than can be kept.
 
     Args:
         groups: Heads and distinct documents.
@@ -186,8 +188,10 @@ class Line:
     def __init__(self, groups: Sequence[Group]) -> None:
         self._groups = groups
         self._group = 0
-        self._order: list[int] | None = None  # of the present group; None before it is begun
+        self._order: deque[int] | None = None  # of the present group; None before it is begun
         self._cached = 0
+        shared = {group.head[: group.num_shared].tobytes(): group.num_shared for group in groups}
+        self._num_shared = sum(shared.values())  # tokens of all beginnings, each once
         self._pass_over_empty()
 
     def __bool__(self) -> bool:
@@ -214,7 +218,7 @@ class Line:
         """Decide how the next group travels, unless it had better wait for a room of its own."""
         group, budget = self._groups[self._group], room.budget
         lengths = [len(document) for document in group.documents]
-        cached = group.num_shared if group.num_shared <= budget.max_cached_tokens else 0
+        cached = group.num_shared if self._num_shared <= budget.max_cached_tokens else 0
         head = len(group.head) - cached
         whole = (
             head + sum(lengths), len(lengths) * (len(group.head) + max(lengths)), len(lengths), head
@@ -225,7 +229,7 @@ class Line:
             if len(lengths) > 1 and len(group.head) <= budget.max_cached_tokens:
                 cached = len(group.head)
         self._cached = cached
-        self._order = sorted(range(len(lengths)), key=lambda d: -lengths[d])
+        self._order = deque(sorted(range(len(lengths)), key=lambda d: -lengths[d]))
         return True
 
     def _take(self, room: Room) -> list[int]:
@@ -239,7 +243,7 @@ class Line:
             width = len(group.head) + (len(group.documents[taken[0]]) if taken else length)
             if not room.fits(linear, width, 1, head) and room.documents:
                 break
-            taken.append(self._order.pop(0))
+            taken.append(self._order.popleft())
             room.add(linear, width)
         return taken
 

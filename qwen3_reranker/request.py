@@ -23,6 +23,14 @@ from .tokenization import EncodedGroup
 Progress = Callable[[int], object]
 """Called from the owner thread after each pack with the number of distinct documents in it."""
 
+Name = Callable[[int, int], str]
+"""Returns how the caller knows a document: of which group, and which of its documents."""
+
+
+def place_of(group: int, document: int) -> str:
+    """Return a document's place in the groups of a request."""
+    return f"documents[{group}][{document}]"
+
 
 @dataclass(frozen=True, slots=True)
 class Scores:
@@ -66,6 +74,9 @@ class Request:
         groups: Heads and the distinct documents whose scores are not known yet.
         line: Those documents, waiting for seats.
         left: How many of them have no score.
+        name: How its caller knows the documents.
+        second_error: Class of the error by which a second try for scores that are not finite has
+            failed; empty if none has.
     """
 
     encoded: Sequence[EncodedGroup]
@@ -79,6 +90,8 @@ class Request:
     groups: list[Group] = field(default_factory=list)
     line: Line = field(default_factory=lambda: Line([]))
     left: int = 0
+    name: Name = place_of
+    second_error: str = ""
     _all_groups: list[Group] = field(default_factory=list)
     _places: list[list[tuple[int, int]]] = field(default_factory=list)
     _log_odds: list[NDArray[np.float32]] = field(default_factory=list)
@@ -107,7 +120,7 @@ class Request:
         """Return how the caller knows a seat's first document."""
         wanted = (seat.group, int(self._unknown[seat.group][seat.documents[0]]))
         return next(
-            self._name(g, d)
+            self.name(g, d)
             for g, row in enumerate(self._places)
             for d, place in enumerate(row)
             if place == wanted
@@ -135,15 +148,21 @@ class Request:
             np.array([self._log_odds[g][d] for g, d in row], np.float32) for row in self._places
         ]
         bad = [
-            self._name(g, int(d))
+            self.name(g, int(d))
             for g, row in enumerate(aligned)
             for d in np.flatnonzero(~np.isfinite(row))
         ]
         if bad:
+            again = (
+                f"and in float32 it failed with {self.second_error}. Free memory, or use "
+                "dtype='float32'."
+                if self.second_error
+                else "in float32, too. Check the weights: training that diverged or a file that "
+                "was damaged would explain it."
+            )
             raise NonFiniteScoreError(
                 f"the model returned NaN or infinity for {len(bad)} documents, the first is "
-                f"{bad[0]}, in float32, too. Check the weights: training that diverged or a file "
-                "that was damaged would explain it."
+                f"{bad[0]}, {again}"
             )
         return Scores(aligned, self.tokens)
 
@@ -152,10 +171,6 @@ class Request:
         for group, row in zip(self._all_groups, self._log_odds, strict=True):
             for document, value in zip(group.documents, row.tolist(), strict=True):
                 yield ScoreCache.key(group.head, document), value
-
-    def _name(self, group: int, document: int) -> str:
-        is_single = len(self._places) == 1
-        return f"documents[{document}]" if is_single else f"documents[{group}][{document}]"
 
 
 def _recall(group: Group, known: ScoreCache | None) -> NDArray[np.float32]:

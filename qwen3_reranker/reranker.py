@@ -112,6 +112,11 @@ class Reranker(BaseReranker):
             inputs.window_score(window_score),
             None if max_windows is None else inputs.positive_int("max_windows", max_windows),
         )
+        if max_windows is not None and window_score is None:
+            raise InputError(
+                f"max_windows is {max_windows}, but without window_score no document is read in "
+                "windows. Pass window_score='max' or 'mean', too."
+            )
         if max_batch_tokens is not None:
             inputs.positive_int("max_batch_tokens", max_batch_tokens)
         if max_cached_scores != 0:

@@ -47,7 +47,8 @@ class Usage:
 
     Attributes:
         documents: Documents scored, duplicates included.
-        tokens: Tokens the model computed; shared heads and duplicates count once per pack.
+        tokens: Tokens of packs, where a head and a duplicate count once; a head's beginning that is
+            kept for many packs does not count.
         prompt_tokens: Tokens of all prompts, each counted whole, as other servers report them.
         truncated: Documents cut to `max_length`.
         repaired: Texts in which lone surrogates were replaced by U+FFFD.

@@ -9,7 +9,7 @@ import threading
 import weakref
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .engine import Engine, refuse_fork
+from .engine import Engine, claim_process, refuse_fork
 from .prompt import PromptTemplate
 
 if TYPE_CHECKING:
@@ -43,9 +43,10 @@ class Runtime:
             ModelLoadError: If the checkpoint cannot be used; the next call tries again.
             ClosedError: If this process was forked from one that had loaded a model.
         """
+        refuse_fork()  # before the lock, which a fork may have copied while it was held
         with self._lock:
             if self._loaded is None:
-                refuse_fork()
+                claim_process()
                 from .loading import load_model  # imports torch and transformers
 
                 settings: dict[str, Any] = dict(self.settings)

@@ -175,7 +175,7 @@ def _call(
     if not merges:
         return result, torch.empty(0)
     output, lse = result
-    return output, lse if lse.shape[0] == len(query) else lse.T
+    return output, lse.T  # (heads, queries), whatever its docstring says; `check_varlen` proves it
 
 
 @cache

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from time import monotonic
 from types import TracebackType
 from typing import Any, Self
@@ -188,7 +189,8 @@ class BaseReranker(ABC):
         Raises:
             Qwen3RerankerError: As `rank`.
         """
-        return self._score(self._job_of_pairs(pairs, instruction, timeout_s)).probabilities
+        job = self._job_of_pairs(pairs, inputs.instruction(instruction), timeout_s)
+        return job.in_rows(self._score(job).scores)
 
     async def ascore_pairs(
         self,
@@ -202,8 +204,8 @@ class BaseReranker(ABC):
         Raises:
             Qwen3RerankerError: As `rank`.
         """
-        job = self._job_of_pairs(pairs, instruction, timeout_s)
-        return (await self._ascore(job)).probabilities
+        job = self._job_of_pairs(pairs, inputs.instruction(instruction), timeout_s)
+        return job.in_rows((await self._ascore(job)).scores)
 
     def __enter__(self) -> Self:
         return self
@@ -240,13 +242,19 @@ class BaseReranker(ABC):
         return Job(queries, documents, instructions, deadline)
 
     def _job_of_pairs(self, pairs: Any, instruction: Any, timeout_s: Any) -> Job:
+        """Check pairs; equal queries with equal instructions become one."""
         checked = inputs.pairs(pairs)
-        return self._job(
-            [query for query, _ in checked],
-            [[document] for _, document in checked],
-            inputs.instruction(instruction),
+        instructions = inputs.instructions(instruction, len(checked))
+        rows: dict[tuple[str, str | None], list[int]] = {}
+        for row, ((query, _), given) in enumerate(zip(checked, instructions, strict=True)):
+            rows.setdefault((query, given), []).append(row)
+        job = self._job(
+            [query for query, _ in rows],
+            [[checked[row][1] for row in places] for places in rows.values()],
+            [given for _, given in rows],
             timeout_s,
         )
+        return replace(job, rows=list(rows.values()))
 
     def _unranked(self, job: Job, error: Qwen3RerankerError) -> list[list[RankedDocument]] | None:
         """Return what stands in for rankings that failed; None lets the error through."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from functools import partial
 
 from tqdm import tqdm
 
@@ -25,14 +26,15 @@ def wait(engine: Engine, encoded: EncodedJob, job: Job) -> Scores:
     Raises:
         Qwen3RerankerError: As `Reranker.rank`.
     """
+    name = partial(encoded.name, job)
     if not _is_watched():
-        return _result(engine.submit(encoded.groups), job)
+        return _result(engine.submit(encoded.groups, name=name), job)
     with tqdm(
         total=sum(len(group.documents) for group in encoded.groups), unit=" documents",
         desc="Reranking",
         delay=_PROGRESS_AFTER_S, leave=False,
     ) as bar:  # fmt: skip
-        return _result(engine.submit(encoded.groups, progress=bar.update), job)
+        return _result(engine.submit(encoded.groups, name=name, progress=bar.update), job)
 
 
 async def await_scores(engine: Engine, encoded: EncodedJob, job: Job) -> Scores:
@@ -41,7 +43,7 @@ async def await_scores(engine: Engine, encoded: EncodedJob, job: Job) -> Scores:
     Raises:
         Qwen3RerankerError: As `Reranker.rank`.
     """
-    future = engine.submit(encoded.groups)
+    future = engine.submit(encoded.groups, name=partial(encoded.name, job))
     try:
         return await asyncio.wait_for(asyncio.wrap_future(future), job.seconds_left())
     except BaseException as error:

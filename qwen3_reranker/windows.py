@@ -8,9 +8,11 @@ Knows nothing of models.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import Literal, TypeAlias
 
+from .inputs import repaired
 from .tokenization import EncodedGroup, PromptTokenizer
 
 WindowScore: TypeAlias = Literal["max", "mean"]
@@ -18,6 +20,8 @@ WindowScore: TypeAlias = Literal["max", "mean"]
 _OVERLAP = 8
 """A window repeats about an eighth of the one before, so that no sentence is only seen cut."""
 
+_LEAST_OVERLAP = 3
+"""Tokens: a piece encoded by itself may take more than it did in the document, and be cut."""
 
 Piece: TypeAlias = tuple[int, int]
 """Start and stop in characters of a document."""
@@ -52,25 +56,23 @@ def encode_windows(
     whole = tokenizer.encode_group(instruction, query, documents, max_length=max_length)
     if not any(whole.truncated):
         return whole, [None] * len(documents), whole.truncated
-    pieces: list[list[Piece] | None] = []
-    texts, truncated = [], []
-    for document, ids, is_long in zip(documents, whole.documents, whole.truncated, strict=True):
-        if not is_long:
-            pieces.append(None)
-            texts.append(document)
-            truncated.append(False)
+    room = max_length - len(whole.head) - len(tokenizer.suffix)
+    pieces: list[list[Piece] | None] = [None] * len(documents)
+    ids, truncated = [], [False] * len(documents)
+    for i, document in enumerate(documents):
+        if not whole.truncated[i]:
+            ids.append(whole.documents[i])
             continue
-        found = _windows(tokenizer, document, len(ids) - len(tokenizer.suffix))
+        text = repaired(document)
+        found = _windows(tokenizer, text, room)
         kept = found[:max_windows]
-        pieces.append(kept)
-        texts += [document[start:stop] for start, stop in kept]
-        truncated.append(len(kept) < len(found))
-    group = tokenizer.encode_group(instruction, query, texts, max_length=max_length)
-    place = -1
-    for i, windows in enumerate(pieces):  # of the last window no later one has the end
-        place += 1 if windows is None else len(windows)
-        truncated[i] = truncated[i] or group.truncated[place]
-    return group, pieces, truncated
+        texts = [text[start:stop] for start, stop in kept]
+        windows = tokenizer.encode_group(instruction, query, texts, max_length=max_length)
+        ids += windows.documents
+        truncated[i] = len(kept) < len(found) or _loses_text(tokenizer, kept, texts, windows, room)
+        places = _places(document, text)
+        pieces[i] = [(places[start], places[stop]) for start, stop in kept]
+    return replace(whole, documents=ids, truncated=[False] * len(ids)), pieces, truncated
 
 
 def _windows(tokenizer: PromptTokenizer, document: str, room: int) -> list[Piece]:
@@ -88,6 +90,33 @@ def _windows(tokenizer: PromptTokenizer, document: str, room: int) -> list[Piece
     return found
 
 
+def _loses_text(
+    tokenizer: PromptTokenizer,
+    pieces: Sequence[Piece],
+    texts: Sequence[str],
+    windows: EncodedGroup,
+    room: int,
+) -> bool:
+    """Say whether what a window has no room for is not in the next one either."""
+    for i, (start, _) in enumerate(pieces):
+        if windows.truncated[i]:
+            read = start + tokenizer.token_spans(texts[i])[room][0]
+            if i + 1 == len(pieces) or read < pieces[i + 1][0]:
+                return True
+    return False
+
+
+def _places(document: str, text: str) -> Sequence[int]:
+    """Return where each character of the repaired text begins in the document, and its end."""
+    if len(text) == len(document):  # no surrogates, or lone ones
+        return range(len(text) + 1)
+    places = [0]
+    for char in text:
+        is_pair = char > "\uffff" and "\ud800" <= document[places[-1]] <= "\udbff"
+        places.append(places[-1] + 1 + is_pair)
+    return places
+
+
 def split(spans: Sequence[Piece], room: int) -> list[Piece]:
     """Return windows of at most `room` tokens that overlap, evenly spread from end to end.
 
@@ -99,11 +128,11 @@ def split(spans: Sequence[Piece], room: int) -> list[Piece]:
         (start, stop) of each window, in characters.
 
     Example:
-        >>> split([(i, i + 1) for i in range(20)], 8)
-        [(0, 8), (6, 14), (12, 20)]
+        >>> split([(i, i + 1) for i in range(80)], 32)
+        [(0, 32), (24, 56), (48, 80)]
     """
     last = max(len(spans) - room, 0)  # first token of the last window
-    step = max(room - room // _OVERLAP, 1)
+    step = max(room - max(room // _OVERLAP, _LEAST_OVERLAP), 1)
     count = -(-last // step) + 1
     starts = [round(i * last / max(count - 1, 1)) for i in range(count)]
     return [(spans[s][0], spans[min(s + room, len(spans)) - 1][1]) for s in starts]

@@ -64,8 +64,9 @@ def reference_varlen(
             sees = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool).tril(k1 - k0 - (q1 - q0))
             scores = scores.masked_fill(~sees, -torch.inf)
         outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v))
-        sums.append(scores.logsumexp(-1).T)  # (queries, heads)
-    return torch.cat(outputs) if return_aux is None else (torch.cat(outputs), torch.cat(sums))
+        sums.append(scores.logsumexp(-1))  # (heads, queries)
+    output = torch.cat(outputs)
+    return output if return_aux is None else (output, torch.cat(sums, dim=1))
 
 
 @pytest.fixture(autouse=True)
@@ -175,6 +176,23 @@ def test_heads_are_read_where_they_are_when_copies_would_be_many() -> None:
     torch.testing.assert_close(attend(pack, query, key, value), expected, atol=2e-6, rtol=1e-5)
     with torch.enable_grad():
         assert prepare(pack, [None, None], query.device).plan.heads is None  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("lengths", [[1, 3], [2, 3]])
+def test_row_of_as_many_tokens_as_heads_is_like_any_other(lengths: list[int]) -> None:
+    head, most = 60, len(lengths) * 60
+    whole = pack_of([(head, lengths)], "padded")
+    query, key, value = tensors(whole)
+    groups = [Group(np.zeros(head, np.int32), [np.zeros(n, np.int32) for n in lengths])]
+    pack = build_pack(groups, [Seat(0, (0, 1), head)], backend="varlen")
+    assert len(pack.token_ids) * 4 < most, "the head is read where it is"
+    nothing = torch.empty(0)
+    outside = [[(nothing, nothing), (key[:, :, :head], value[:, :, :head])]]
+    row = [tensor[:, :, head:] for tensor in (query, key, value)]
+    with torch.no_grad():
+        output = attend(pack, *row, outside=outside)
+    expected = by_definition(whole, query, key, value)[:, head:]
+    torch.testing.assert_close(output, expected, atol=2e-6, rtol=1e-5)
 
 
 def test_varlen_is_refused_where_its_kernel_is_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,6 +63,7 @@ def test_batch_without_rows_stays_so() -> None:
         ({"log_odds": [0.0] * 5}, "column log_odds already"),
         ({"query": ["q", "q", " ", "q", "q"]}, r"query of pairs\[2\] is blank"),
         ({"document": ["d", None, "d", "d", "d"]}, r"document of pairs\[1\] must be a string"),
+        ({"query": ["q", "r", "q", "word " * 9000, "r"]}, r"^query of pairs\[3\]: query and inst"),
         ({"instruction": [None, 3.0, None, None, None]}, r"instruction\[1\] must be a string"),
     ],
 )

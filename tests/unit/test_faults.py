@@ -119,6 +119,23 @@ def test_memory_bound_is_remembered(make: Callable[..., Engine]) -> None:
     assert max(sizes) <= 7, "no pack is tried that cannot fit"
 
 
+def test_budget_grows_again_when_memory_was_short_for_a_while(make: Callable[..., Engine]) -> None:
+    sizes: list[int] = []
+
+    def score(pack: Pack) -> NDArray[np.float32]:
+        sizes.append(len(pack.token_ids))
+        if len(sizes) == 1:
+            raise MemoryError
+        return last_id(pack)
+
+    engine = make(score, budget=Budget(24, max_attention_tokens=96))
+    documents = list(range(1, 2000))
+    assert log_odds(engine.submit([group(*documents)])) == [documents]
+    assert sizes[0] == 24
+    assert set(sizes[1:64]) <= {12, 13}
+    assert sizes[65:-1] == [24] * len(sizes[65:-1]) != []
+
+
 def test_pack_beyond_the_budget_that_does_not_fit_leaves_the_budget_alone(
     make: Callable[..., Engine],
 ) -> None:
@@ -155,7 +172,9 @@ def test_document_that_never_fits_is_named_and_others_are_scored(
     worse = engine.submit([group(5, head=2), group(7, 66, head=3)])
     good = engine.submit([group(4, 5)])
     gate.open.set()
-    with pytest.raises(DocumentTooLargeError, match=r"^documents\[3\] does not fit .* \(2 tokens"):
+    with pytest.raises(
+        DocumentTooLargeError, match=r"^documents\[0\]\[3\] does not fit .* \(2 tokens"
+    ):
         bad.result(TIMEOUT_S)
     with pytest.raises(DocumentTooLargeError, match=r"^documents\[1\]\[1\] does not fit"):
         worse.result(TIMEOUT_S)
@@ -199,8 +218,22 @@ def test_scores_that_are_not_finite_are_computed_again_once(make: Callable[..., 
     engine = make(score, rescore=rescore)
     assert log_odds(engine.submit([group(1, 66, 2), group(67, head=2)])) == [[1, 66, 2], [67]]
     assert again == [[66, 67]]
-    with pytest.raises(NonFiniteScoreError, match=r"for 1 documents, .* documents\[1\], in"):
+    with pytest.raises(NonFiniteScoreError, match=r"for 1 documents, .* documents\[0\]\[1\], in"):
         engine.submit([group(1, 77, 66)]).result(TIMEOUT_S)
+
+
+def test_second_try_that_does_not_fit_is_made_in_halves(make: Callable[..., Engine]) -> None:
+    again: list[list[int]] = []
+
+    def rescore(pack: Pack) -> NDArray[np.float32]:
+        again.append(last_ids(pack))
+        if len(pack.last_tokens) > 2:
+            raise MemoryError
+        return last_id(pack)
+
+    engine = make(lambda pack: np.full(len(pack.last_tokens), np.nan, np.float32), rescore=rescore)
+    assert log_odds(engine.submit([group(1, 2, 3), group(4, 5, head=2)])) == [[1, 2, 3], [4, 5]]
+    assert again == [[1, 2, 3, 4, 5], [1, 2], [3, 4, 5], [3], [4, 5]]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, MemoryError])
@@ -215,7 +248,8 @@ def test_second_try_that_fails_names_the_documents(
         raise error("no room for float32")
 
     engine = make(score, rescore=rescore)
-    with pytest.raises(NonFiniteScoreError, match=r"the first is documents\[1\], in"):
+    message = rf"documents\[0\]\[1\], and in float32 it failed with {error.__name__}\. Free memory"
+    with pytest.raises(NonFiniteScoreError, match=message):
         engine.submit([group(1, 66)]).result(TIMEOUT_S)
     assert log_odds(engine.submit([group(1, 2)])) == [[1, 2]]
 
@@ -236,9 +270,14 @@ def test_fault_outside_the_model_leaves_nobody_waiting(
 
     engine = make(last_id)
     monkeypatch.setattr(module, name, fail_once)
+    groups = [group(1)]
+    ids = weakref.ref(groups[0].documents[0])
     with pytest.raises(MemoryError, match="no room to plan"):
-        engine.submit([group(1)]).result(TIMEOUT_S)
+        engine.submit(groups).result(TIMEOUT_S)
+    del groups
     assert log_odds(engine.submit([group(2)])) == [[2]]
+    gc.collect()
+    assert ids() is None, "an idle owner holds nothing of what failed"
 
 
 def test_error_in_progress_reaches_its_caller_alone(make: Callable[..., Engine]) -> None:
@@ -255,8 +294,8 @@ def test_error_in_progress_reaches_its_caller_alone(make: Callable[..., Engine])
 @pytest.mark.parametrize(
     ("groups", "count", "first"),
     [
-        ([group(1, 66, 3)], 1, r"documents\[1\], in"),
-        ([group(1, 66, 3, 66)], 2, r"documents\[1\], in"),
+        ([group(1, 66, 3)], 1, r"documents\[0\]\[1\], in"),
+        ([group(1, 66, 3, 66)], 2, r"documents\[0\]\[1\], in"),
         ([group(1), group(2, 3, 66, head=2)], 1, r"documents\[1\]\[2\], in"),
         ([group(66), group(66, 66, head=2)], 3, r"documents\[0\]\[0\], in"),
     ],

@@ -140,6 +140,18 @@ def test_head_of_many_packs_is_computed_once() -> None:
     assert seat.num_cached == 60
 
 
+@pytest.mark.parametrize(("kept", "outside"), [(90, 30), (89, 0)])
+def test_more_beginnings_than_can_be_kept_stay_in_the_row(kept: int, outside: int) -> None:
+    # Three instructions, the first of them for two queries.
+    firsts = [0, 0, 1000, 2000]
+    heads = [np.concatenate([ids(30, first), ids(5, i)]) for i, first in enumerate(firsts)]
+    planned = plan_packs(
+        [Group(head, [ids(9)], num_shared=30) for head in heads],
+        Budget(400, max_cached_tokens=kept),
+    )
+    assert {seat.num_cached for pack in planned for seat in pack} == {outside}
+
+
 @given(st.lists(st.tuples(st.integers(0, 2), st.lists(st.integers(0, 3), max_size=6)), max_size=5))
 def test_merging_keeps_every_document_findable(shape: list[tuple[int, list[int]]]) -> None:
     encoded = [

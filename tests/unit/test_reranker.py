@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 
 from qwen3_reranker import (
     ClosedError,
+    DocumentTooLargeError,
     InputError,
+    NonFiniteScoreError,
     RankedDocument,
     Reranker,
     Scorer,
@@ -211,6 +213,56 @@ def test_score_pairs_equal_queries_share_their_head(reranker: Reranker) -> None:
     reranker.score_pairs([[QUERY, "pear"], [QUERY, "plum"], (QUERY, "pear")])  # type: ignore[list-item]
     assert reranker.usage.documents == 3
     assert reranker.usage.tokens == num_tokens(QUERY, ["pear", "plum"])
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda r: r.rank("q", ["straw", "hay", "needle"]), r"documents\[2\]"),
+        (lambda r: r.rank("q", ["straw " * 300, "needle"]), r"documents\[1\]"),
+        (lambda r: r.rank("q", ["straw", "hay " * 300 + "needle"]), r"documents\[1\]"),
+        (lambda r: r.rank_many(["q", "r"], [["a"], ["b", "needle"]]), r"documents\[1\]\[1\]"),
+        (
+            lambda r: r.score_pairs([("q", "a"), ("r", "b"), ("q", "hay " * 300), ("q", "needle")]),
+            r"document of pairs\[3\]",
+        ),
+        (lambda r: asyncio.run(r.arank("q", ["hay " * 300, "needle"])), r"documents\[1\]"),
+    ],
+)
+@pytest.mark.parametrize("error", [DocumentTooLargeError, NonFiniteScoreError])
+def test_errors_name_what_the_caller_passed(
+    monkeypatch: pytest.MonkeyPatch,
+    call: Callable[[Reranker], Any],
+    name: str,
+    error: type[Exception],
+) -> None:
+    tokenizer = fakes.qwen3_tokenizer()
+    (document,) = tokenizer.encode_group(None, "q", ["needle"], max_length=999).documents
+    needle = set(document[: -len(tokenizer.suffix)].tolist())
+
+    class Network(fakes.FakeNetwork):
+        def score(self, pack: Pack) -> NDArray[np.float32]:
+            has = [
+                needle <= set(pack.token_ids[document].tolist())
+                for span in pack.spans
+                for document in span.documents
+            ]
+            if any(has) and error is DocumentTooLargeError:
+                raise MemoryError
+            return np.where(has, np.float32(np.nan), np.float32(0))
+
+    with fakes.loaded(monkeypatch, fakes.FakeModel(network=Network())):
+        reranker = Reranker("fake", max_length=128, window_score="max")
+        with pytest.raises(error, match=name + " does" if "Large" in error.__name__ else name):
+            call(reranker)
+
+
+def test_query_that_is_too_long_is_named_by_its_pair(reranker: Reranker) -> None:
+    pairs = [("q", "a"), ("q", "b"), ("word " * 9000, "c")]
+    with pytest.raises(InputError, match=r"^query of pairs\[2\]: query and instruction take"):
+        reranker.score_pairs(pairs)
+    with pytest.raises(InputError, match=r"^queries\[1\]: query"):
+        reranker.rank_many(["q", "word " * 9000], [["a"], ["b"]])
 
 
 def test_rank_many_keeps_the_order_of_queries(reranker: Reranker) -> None:

@@ -17,6 +17,7 @@ from qwen3_reranker import (
     ModelLoadError,
     RankedDocument,
     Reranker,
+    engine,
 )
 from tests import fakes
 from tests.fakes import FRUIT, QUERY, head_ids
@@ -44,6 +45,31 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Loads:
     loads = Loads()
     fakes.replace_load_model(monkeypatch, loads)
     return loads
+
+
+def test_process_forked_while_a_model_loads_is_told_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun, may_end = threading.Event(), threading.Event()
+
+    def load(**settings: Any) -> fakes.FakeModel:
+        begun.set()
+        assert may_end.wait(10)
+        return fakes.FakeModel()
+
+    fakes.replace_load_model(monkeypatch, load)
+    monkeypatch.setattr(engine, "_loaded_in", set())
+    reranker = Reranker("model")
+    loading = threading.Thread(target=reranker.rank, args=(QUERY, FRUIT))
+    loading.start()
+    assert begun.wait(10)
+    with monkeypatch.context() as child:
+        child.setattr("os.getpid", lambda: -1)
+        with pytest.raises(ClosedError, match="Load no model before the fork"):
+            reranker.rank(QUERY, FRUIT)
+    may_end.set()
+    loading.join(10)
+    check_ranking(reranker.rank(QUERY, FRUIT), FRUIT)
 
 
 def test_model_is_loaded_once_by_the_first_call(loads: Loads) -> None:

@@ -23,8 +23,8 @@ def test_windows_cover_all_tokens_and_none_is_too_long(num_tokens: int, room: in
         assert 0 < stop - start <= 3 * room
     for (_, stop), (start, _) in pairwise(windows):
         assert start <= stop, "nothing lies between two windows"
-        assert room < 8 or num_tokens <= room or start < stop, "they overlap"
-    assert len(windows) <= 1 + -(-num_tokens // max(room - room // 8, 1))
+        assert room < 2 or num_tokens <= room or start < stop, "they overlap"
+    assert len(windows) <= 1 + -(-num_tokens // max(room - max(room // 8, 3), 1))
 
 
 TEXTS = ["word " * 300, "日本語の文章です。" * 60, "e\u0301🦙 \ud83d tail" * 40, "x" * 900]
@@ -46,6 +46,45 @@ def test_window_is_encoded_as_its_text_alone(text: str) -> None:
         whole = tokenizer.encode_group(None, "q", [text[start:stop]], max_length=10_000)
         is_last = stop == len(text)
         assert len(whole.documents[0]) - len(ids) <= (0 if is_last else 3), "in the next window"
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_is_in_a_window_or_the_document_truncated(text: str) -> None:
+    tokenizer = qwen3_tokenizer()
+    text = text[:200]
+    least = len(tokenizer.encode_group(None, "q", [""], max_length=1000).head) + len(
+        tokenizer.suffix
+    )
+    for room in range(1, 30):
+        _, (pieces,), (truncated,) = encode_windows(
+            tokenizer, None, "q", [text], max_length=least + room, max_windows=None
+        )
+        if pieces is None:
+            continue
+        ends = [0]  # of what has been read without a gap
+        for start, stop in pieces:
+            spans = tokenizer.token_spans(text[start:stop])
+            end = stop if len(spans) <= room else start + spans[room][0]
+            if start <= ends[-1]:
+                ends.append(max(end, ends[-1]))
+        assert truncated == (ends[-1] < len(text))
+        assert not truncated or room < 5
+
+
+def test_surrogate_pairs_are_one_character_in_the_prompt_and_two_in_the_document() -> None:
+    tokenizer = qwen3_tokenizer()
+    document = "ab \ud83e\udd99 🦙" * 90 + " \ud83d end"
+    group, (pieces, short), truncated = encode_windows(
+        tokenizer, None, "q", [document, "\ud83e\udd99"], max_length=128, max_windows=None
+    )
+    assert (short, truncated, group.num_repaired) == (None, [False, False], 2)
+    assert pieces is not None
+    assert (pieces[0][0], pieces[-1][1]) == (0, len(document))
+    for (start, stop), ids in zip(pieces, group.documents[:-1], strict=True):
+        alone = tokenizer.encode_group(None, "q", [document[start:stop]], max_length=128)
+        np.testing.assert_array_equal(ids, alone.documents[0])
+    for (_, stop), (start, _) in pairwise(pieces):
+        assert start < stop
 
 
 def test_short_documents_are_left_alone() -> None:
@@ -97,3 +136,5 @@ def test_windows_survive_pickling_and_wrong_values_are_refused() -> None:
         Reranker("fake", window_score="min")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="max_windows must be an integer of at least 1"):
         Reranker("fake", window_score="max", max_windows=0)
+    with pytest.raises(InputError, match=r"max_windows is 3, but without window_score"):
+        Reranker("fake", max_windows=3)
