@@ -57,11 +57,24 @@ class Start:
     changed: frozenset[str]
 
     def ended(self) -> transformers.TrainerState | None:
-        """Return the state of training if it ended here; to train on would be a step too many."""
-        state = transformers.TrainerState.load_from_json(str(self.checkpoint / _STATE))
+        """Return the state of training if it ended here; to train on would be a step too many.
+
+        Raises:
+            InputError: If it ended with other settings, which nothing would be trained with.
+        """
+        state: Any = transformers.TrainerState.load_from_json(str(self.checkpoint / _STATE))
         control: Any = (state.stateful_callbacks or {}).get("TrainerControl", {})
         has_ended = control.get("args", {}).get("should_training_stop", False)
-        return state if has_ended and not self.changed & _LENGTH else None
+        if not has_ended or self.changed & _LENGTH:
+            return None
+        if self.changed:
+            raise InputError(
+                f"training ended at '{self.checkpoint}', so other settings "
+                f"({', '.join(sorted(self.changed))}) would have no effect. Raise "
+                "--num_train_epochs to train on with them, or name another --output_dir."
+            )
+        ended: transformers.TrainerState = state
+        return ended
 
     def best(self) -> Path | None:
         """Return the checkpoint that scored best so far, which lies beside this one."""

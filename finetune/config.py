@@ -82,6 +82,11 @@ class RerankerArguments:
                 f"--instruction_dropout must be between 0 and 1, got {self.instruction_dropout}. "
                 "It is a share of the groups."
             )
+        if self.early_stopping_patience < 0:
+            raise InputError(
+                f"--early_stopping_patience must be at least 0, got {self.early_stopping_patience}."
+                " It counts evaluations; 0 never stops early."
+            )
         for name in (
             "num_positives", "num_negatives", "max_length", "max_batch_tokens", "max_eval_queries",
             "relevant_from",

@@ -24,7 +24,7 @@ from qwen3_reranker.packing import Budget
 
 from . import benchmark
 from .metrics import ScoredSet, alarms, compare, heuristics, measure, reliability, spread
-from .output import hash_file
+from .output import hash_file, only_run
 from .report import Report, SetReport, summary_lines, write_report
 from .served import Lists, Scores, Served, next_step, read_lists, saved_scores, score_each
 from .trainee import Trainee
@@ -39,12 +39,14 @@ class Evaluation:
         lists: Judged candidate lists by the name of their set.
         max_length: Tokens per pair.
         max_batch_tokens: Token budget of a forward.
+        relevant_from: Lowest label that alarms take for relevant.
     """
 
     trainee: Trainee
     lists: Lists
     max_length: int
     max_batch_tokens: int
+    relevant_from: int = 1
 
     def score(self) -> Scores:
         """Return the log-odds of every candidate, without gradients and in evaluation mode.
@@ -93,7 +95,8 @@ class Evaluation:
                 ndcg_at_10(each.labels or [], row, each.missing_labels)
                 for each, row in zip(lists, scores[name], strict=True)
             )
-            found = alarms(spread(ScoredSet(name, lists, scores[name])))
+            scored = ScoredSet(name, lists, scores[name])
+            found = alarms(spread(scored, relevant_from=self.relevant_from))
             warnings += [f"{name}: {alarm}" for alarm in found]
         return {**metrics, "ndcg@10": mean(metrics.values())}, warnings
 
@@ -169,6 +172,18 @@ def main(argv: Sequence[str]) -> int:
     tuned = Served.of(arguments)
     if arguments.benchmark:
         return benchmark.run(tuned, arguments, output)
+    with only_run(output):  # another's scores would get between ours
+        return _compare(tuned, arguments, lists, guards, output)
+
+
+def _compare(
+    tuned: Served,
+    arguments: argparse.Namespace,
+    lists: Lists,
+    guards: Collection[str],
+    output: Path,
+) -> int:
+    """Score the lists with both models and report; return the exit status."""
     after = saved_scores(tuned, lists, output)
     if tuned.adapter is not None:
         before, base = saved_scores(replace(tuned, adapter=None), lists, output), tuned.model

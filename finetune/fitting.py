@@ -108,20 +108,13 @@ def fit(scored: ScoredSet) -> Fit:
     """
     refuse_few(scored.lists)
     pairs = _pairs(scored)
-    if pairs.log_odds[pairs.is_relevant].min() > pairs.log_odds[~pairs.is_relevant].max():
-        raise DataError(
-            "every relevant document has higher log-odds than any irrelevant one, so no finite "
-            "temperature fits: only 0 and 1 do. Add harder candidates, such as mined negatives."
-        )
+    folds = list(StratifiedGroupKFold(_FOLDS).split(pairs.log_odds, pairs.is_relevant, pairs.query))
+    for fitted in [slice(None), *(kept for kept, _ in folds)]:
+        _refuse_separable(pairs.log_odds[fitted], pairs.is_relevant[fitted])
     regression = LogisticRegression(C=math.inf, solver="newton-cholesky", tol=1e-8)
     column = pairs.log_odds[:, None]  # (pairs, 1)
     elsewhere = cross_val_predict(
-        regression,
-        column,
-        pairs.is_relevant,
-        groups=pairs.query,
-        cv=StratifiedGroupKFold(_FOLDS),
-        method="decision_function",
+        regression, column, pairs.is_relevant, cv=folds, method="decision_function"
     )
     regression.fit(column, pairs.is_relevant)
     slope, bias = float(regression.coef_[0, 0]), float(regression.intercept_[0])
@@ -137,6 +130,16 @@ def fit(scored: ScoredSet) -> Fit:
             f"{unread.mean():.4f}. Check the labels, the instruction and the model."
         )
     return Fit(1 / slope, bias, before, after)
+
+
+def _refuse_separable(log_odds: Floats, is_relevant: npt.NDArray[np.bool_]) -> None:
+    """Refuse judgments of all queries, or of four fifths, that a step fits best."""
+    if log_odds[is_relevant].min() >= log_odds[~is_relevant].max():
+        raise DataError(
+            "every relevant document has higher log-odds than any irrelevant one, or all but a few "
+            "have, so no finite temperature fits: only 0 and 1 do. Add harder candidates, such as "
+            "mined negatives."
+        )
 
 
 def refuse_few(lists: Sequence[CandidateList]) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from qwen3_reranker.errors import InputError
+from qwen3_reranker.jsonl import faults_error
 from qwen3_reranker.packing import Group, Pack, Seat, build_pack
 from qwen3_reranker.tokenization import EncodedGroup, PromptTokenizer
 
@@ -69,6 +70,7 @@ class GroupDataset(Dataset[Example]):
 
     Raises:
         InputError: If targets are teacher scores and a row has none.
+        DataError: With every row whose query and instruction leave no room for a document.
     """
 
     def __init__(
@@ -85,6 +87,8 @@ class GroupDataset(Dataset[Example]):
         self._tokenizer = tokenizer
         self._sampling = sampling
         self._epoch = 0
+        if faults := list(self._without_room()):
+            raise faults_error("The training data", faults)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch; the Trainer calls this."""
@@ -117,6 +121,24 @@ class GroupDataset(Dataset[Example]):
         if targets is None:
             targets = [1.0] * num_positives + [0.0] * len(row.negative)
         return Example(encoded, [targets[i] for i in chosen], index)
+
+    def _without_room(self) -> Iterator[str]:
+        """Yield what is wrong with rows that no epoch may draw; better now than after hours."""
+        for number, row in enumerate(self._rows, 1):
+            try:
+                for instruction in self._instructions(row.instruction):
+                    self._tokenizer.encode_group(
+                        instruction, row.query, [], max_length=self._sampling.max_length
+                    )
+            except InputError as error:
+                yield f"row {number}: {error}"
+
+    def _instructions(self, instruction: str | None) -> Iterator[str | None]:
+        """Yield all that a group may be trained under."""
+        if instruction is None or self._sampling.instruction_dropout:
+            yield None
+        if instruction is not None:
+            yield from (instruction, *self._sampling.paraphrases.get(instruction, ()))
 
     def _instruction(self, rng: random.Random, instruction: str | None) -> str | None:
         if instruction is None or rng.random() < self._sampling.instruction_dropout:

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qwen3_reranker import checkpoint
-from qwen3_reranker.adapters import ADAPTER_RECORD, ADAPTER_WEIGHTS, adapter_weights
+from qwen3_reranker.adapters import ADAPTER_RECORD, ADAPTER_WEIGHTS, adapter_weights, template_of
 from qwen3_reranker.errors import InputError
 from qwen3_reranker.tokenization import PromptTokenizer
 
@@ -161,7 +161,8 @@ def average_models(models: Sequence[str], factors: Coefficients, folder: Path) -
         is_part = other.is_file() and other.suffix in (".json", ".txt", ".jinja")
         if is_part and other.name not in _OF_A_RUN:
             shutil.copyfile(other, folder / other.name)
-    template = PromptTokenizer(checkpoint.read_tokenizer(folder, None)).template
+    tokenizer_json = checkpoint.read_tokenizer(folder, None)
+    template = PromptTokenizer(tokenizer_json, template_of(None, folder, None)).template
     usage = f'qwen3_reranker.Reranker("{folder.name}")'
     write_card(folder, models[0], template, template.default_instruction, usage)
     sample_scores(str(folder))  # it loads, passes the self-test, and its scores are finite
@@ -244,6 +245,8 @@ def _lora_settings(folder: Path) -> dict[str, Any]:
     settings = checkpoint.read_json(folder / "adapter_config.json")
     others = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias")
     found = [name for name in others if settings.get(name)]
+    if settings.get("bias", "none") != "none":
+        found.append(f"bias {settings['bias']}")
     if settings.get("peft_type") != "LORA":
         found = [f"peft_type {settings.get('peft_type')}"]
     if found:
@@ -257,6 +260,12 @@ def _lora_settings(folder: Path) -> dict[str, Any]:
 def _lora_layers(folder: Path, settings: dict[str, Any]) -> dict[str, _Lora]:
     """Return what an adapter adds to each layer, in float32."""
     state = load_file(adapter_weights(folder))
+    lost = [key for key in state if not key.endswith((".lora_A.weight", ".lora_B.weight"))]
+    if lost:
+        raise InputError(
+            f"adapter '{folder}' changes more than linear layers ('{lost[0]}'), which no sum of "
+            "products holds. Merge each into the base, then merge the models."
+        )
     rank = settings["r"]
     scale = settings["lora_alpha"] / (math.sqrt(rank) if settings.get("use_rslora") else rank)
     names = [key.removesuffix(".lora_A.weight") for key in state if key.endswith(".lora_A.weight")]

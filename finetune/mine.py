@@ -27,7 +27,7 @@ from qwen3_reranker.results import in_order
 
 from .data import TrainingGroup, normalised, read_training_file
 from .negatives import HIGH, NEAR, Judge, Mining, Pending, candidates, find_negatives, result
-from .output import hash_file, whole_lines, write_whole
+from .output import LOCK, hash_file, only_run, whole_lines, write_whole
 from .retrieval import BM25, Corpus, Rankings, read_corpus, require, search
 
 PIECE = 16
@@ -55,15 +55,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     positives = {normalised(document) for group in file.groups for document in group.positive}
     corpus = read_corpus(arguments.corpus, positives)
-    _open_work(work, _identity(arguments, file.sha256))
-    for line in _describe(arguments, file.groups, positives, corpus):
-        print(line, flush=True)
-    rankings = _first_stage(arguments, corpus, file.groups, work)
-    pending = candidates(file.groups, corpus, rankings, mining)
-    with _teacher(arguments) as judge:
-        mine(pending, corpus, mining, judge, work)
-    for line in _finish(work, output, review, len(file.groups) - len(pending)):
-        print(line, flush=True)
+    work.mkdir(parents=True, exist_ok=True)
+    with only_run(work):
+        _check_work(work, _identity(arguments, file.sha256))
+        for line in _describe(arguments, file.groups, positives, corpus):
+            print(line, flush=True)
+        rankings = _first_stage(arguments, corpus, file.groups, work)
+        pending = candidates(file.groups, corpus, rankings, mining)
+        with _teacher(arguments) as judge:
+            mine(pending, corpus, mining, judge, work)
+        for line in _finish(work, output, review, len(file.groups) - len(pending)):
+            print(line, flush=True)
     return 0
 
 
@@ -145,10 +147,10 @@ def _identity(arguments: argparse.Namespace, sha256: str) -> dict[str, Any]:
     }
 
 
-def _open_work(work: Path, identity: dict[str, Any]) -> None:
-    """Make the folder of unfinished work, or see that the one there is of this very run."""
+def _check_work(work: Path, identity: dict[str, Any]) -> None:
+    """See that unfinished work in the folder is of this very run."""
     record = work / "run.json"
-    if work.is_dir() and any(work.iterdir()):
+    if any(each.name != LOCK for each in work.iterdir()):
         found = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
         changed = [name for name in identity if found.get(name) != identity[name]]
         if changed:
@@ -157,7 +159,6 @@ def _open_work(work: Path, identity: dict[str, Any]) -> None:
                 "rows of both would mix. Repeat that run's command to finish it, delete the "
                 "folder, or name another --output_file."
             )
-    work.mkdir(parents=True, exist_ok=True)
     write_whole(record, json.dumps(identity, indent=2))
 
 

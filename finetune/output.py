@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from qwen3_reranker.errors import InputError, Qwen3RerankerError
 
 MANIFEST = "manifest.json"
+LOCK = ".lock"
 UNFINISHED = ".unfinished"
 """Where a result lies until it is whole."""
 
@@ -96,14 +97,14 @@ def only_run(output: Path) -> Iterator[None]:
     Raises:
         InputError: If another run is in it.
     """
-    with open(output / ".lock", "a+", encoding="utf-8") as file:
+    with open(output / LOCK, "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
             raise InputError(
                 f"another run writes to '{output}', process {file.read() or 'unknown'}. Wait for "
-                "it, or name another --output_dir."
+                "it, or write elsewhere."
             ) from error
         except OSError as error:  # some network file systems know no locks
             logger.warning("'%s' cannot be locked against a second run (%s).", output, error)

@@ -6,13 +6,16 @@ Decides what is shown of a run and which bases look wrong for it. Changes nothin
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 import transformers
 
+from qwen3_reranker.errors import DataError
+
 from .config import RerankerArguments
+from .data import TrainingGroup
 from .groups import Example, GroupDataset, training_packs
 from .trainee import Base, Trainee
 
@@ -77,6 +80,28 @@ def mass_warnings(mass: float | None) -> list[str]:
         f"The base model gives yes and no together a probability of {mass:.3f} after this prompt. "
         "Is the template another? A base that is no reranker has to learn to answer first; one "
         "that was trained on the difference of yes and no, as here, is fine."
+    ]
+
+
+def one_sided_warnings(rows: Sequence[TrainingGroup], loss: str) -> list[str]:
+    """Return what groups call for that have nothing to compare.
+
+    Raises:
+        DataError: If the loss compares, and no group has a positive and a negative.
+    """
+    if loss not in ("listwise", "hybrid"):
+        return []
+    one_sided = sum(not (row.positive and row.negative) for row in rows)
+    if loss == "listwise" and one_sided == len(rows):
+        raise DataError(
+            "no row has both a positive and a negative, so the listwise loss would compare nothing "
+            "and train nothing. Mine negatives (qwen3-finetune mine), or pass --loss pointwise."
+        )
+    if not one_sided:
+        return []
+    return [
+        f"{one_sided} of {len(rows)} rows have no positive or no negative: the listwise loss is 0 "
+        "there. Mine negatives with qwen3-finetune mine."
     ]
 
 

@@ -26,7 +26,13 @@ from .config import RerankerArguments
 from .evaluate import Evaluation, compare_sets
 from .groups import GroupDataset, Sampling
 from .output import UNFINISHED, commit, only_run, publish, space_warnings, writing
-from .preflight import answer_mass, mass_warnings, preflight, quantization_warnings
+from .preflight import (
+    answer_mass,
+    mass_warnings,
+    one_sided_warnings,
+    preflight,
+    quantization_warnings,
+)
 from .reading import Say, file_lines, paraphrases, read_data, write_rejected
 from .report import Report, summary_lines, write_report
 from .served import next_step
@@ -81,7 +87,11 @@ def train(
     )
     dataset = GroupDataset(data.rows, trainee.tokenizer, sampling(arguments, training, max_length))
     mass = answer_mass(trainee, dataset[0], training.device)
-    warnings = [*mass_warnings(mass), *quantization_warnings(base)]
+    warnings = [
+        *mass_warnings(mass),
+        *quantization_warnings(base),
+        *one_sided_warnings(data.rows, arguments.loss),
+    ]
     for line in preflight(trainee, dataset, training, arguments, budget, mass):
         say(line)
     for warning in warnings:
@@ -104,7 +114,7 @@ def train(
         for warning in space_warnings(output, trainee.num_bytes, (kept or 1) + 1):
             say(f"WARNING: {warning}")
         write_rejected(data, output)
-        everything = Evaluation(trainee, data.lists, max_length, budget)
+        everything = Evaluation(trainee, data.lists, max_length, budget, arguments.relevant_from)
         if data.lists:
             say("Ranking the evaluation sets before training.")
         before = everything.score()
@@ -250,7 +260,6 @@ def _check_reloaded(
     reloaded = Reranker(
         model, adapter=adapter, revision=base.revision if adapter else None, dtype=dtype,
         device=str(trainee.network.device), max_length=evaluation.max_length,
-        template=trainee.tokenizer.template,
     )  # fmt: skip
     largest = 0.0
     with reloaded:

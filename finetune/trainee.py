@@ -22,8 +22,8 @@ from qwen3_reranker.adapters import (
     ADAPTER_WEIGHTS,
     fingerprint,
     no_alias_warning,
-    recorded_template,
     refuse_other_base,
+    template_of,
 )
 from qwen3_reranker.attention import choose_backend
 from qwen3_reranker.model import YesNoCrossEncoder
@@ -117,7 +117,7 @@ class Trainee:
         Raises:
             ModelLoadError: If they are no LoRA weights of this base, prompt and these settings.
         """
-        recorded_template(self.tokenizer.template, folder)
+        template_of(self.tokenizer.template, folder, folder)
         if self.fingerprint is not None:
             refuse_other_base(self.fingerprint, folder)
         problem = self._difference(folder)
@@ -167,7 +167,7 @@ def load_trainee(base: Base, *, device: torch.device, template: PromptTemplate |
     """
     folder, gguf_file, config = checkpoint.open_checkpoint(base.name, base.revision)
     tokenizer_json = checkpoint.read_tokenizer(folder, gguf_file)
-    tokenizer = PromptTokenizer(tokenizer_json, template)
+    tokenizer = PromptTokenizer(tokenizer_json, template_of(template, folder, None))
     dtype = loading.DTYPES[base.dtype] if base.dtype else _default_dtype(device)
     full = checkpoint.read_weights(folder, gguf_file, config, dtype, quantization=base.quantization)
     head = loading.yes_no_row(full, tokenizer)

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from qwen3_reranker import Reranker, checkpoint
-from qwen3_reranker.adapters import merge_adapter, recorded_template
+from qwen3_reranker.adapters import merge_adapter, template_of
 from qwen3_reranker.errors import InputError, Qwen3RerankerError
 from qwen3_reranker.results import in_order
 from qwen3_reranker.tokenization import PromptTokenizer
@@ -94,11 +94,11 @@ def load_whole(model: str, adapter: str | None, instruction: str | None = None) 
     folder, gguf_file, config = checkpoint.open_checkpoint(model, None)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     full = checkpoint.read_weights(folder, gguf_file, config, torch.float32)
-    template = None
+    adapter_folder = None
     if adapter is not None:
         adapter_folder = checkpoint.locate(adapter, None, "adapter")[0]
-        template = recorded_template(None, adapter_folder)
         full = merge_adapter(full, adapter_folder)
+    template = template_of(None, folder, adapter_folder)
     tokenizer_json = checkpoint.read_tokenizer(folder, gguf_file)
     tokenizer = PromptTokenizer(tokenizer_json, template)
     instruction = instruction or tokenizer.template.default_instruction

@@ -71,12 +71,25 @@ def _digest(full: Any, tensors: Iterable[torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def recorded_template(asked: PromptTemplate | None, folder: Path) -> PromptTemplate | None:
-    """Return the template asked for or recorded by the adapter; None leaves it to the tokenizer.
+def template_of(
+    asked: PromptTemplate | None, model: Path, adapter: Path | None
+) -> PromptTemplate | None:
+    """Return the template asked for, or recorded by training; None leaves it to the tokenizer.
+
+    Args:
+        asked: What the caller wants.
+        model: Folder of the checkpoint, which has a record where full fine-tuning left it.
+        adapter: Folder of the LoRA weights, if there are any.
 
     Raises:
         ModelLoadError: If the record names another template, or cannot be read.
     """
+    if adapter is None and not (model / ADAPTER_RECORD).is_file():
+        return asked
+    return _recorded_template(asked, adapter or model)
+
+
+def _recorded_template(asked: PromptTemplate | None, folder: Path) -> PromptTemplate | None:
     record_file = folder / ADAPTER_RECORD
     if not record_file.is_file():
         _warn_once(folder)
@@ -93,7 +106,7 @@ def recorded_template(asked: PromptTemplate | None, folder: Path) -> PromptTempl
     if known is None or (known.id, known.hash) != (recorded_id, recorded_hash):
         here = f"{known.id!r} ({known.hash[:12]})" if known else "unknown"
         raise ModelLoadError(
-            f"adapter '{folder}' was trained with template {recorded_id!r} "
+            f"'{folder}' was trained with template {recorded_id!r} "
             f"({recorded_hash[:12]}), but the prompt here is {here}, which would change its "
             "scores. Pass template=None, or the PromptTemplate that trained it."
         )

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import transformers
 
-from .adapters import merge_adapter, recorded_template, scoring_fingerprint
+from .adapters import merge_adapter, scoring_fingerprint, template_of
 from .attention import choose_backend
 from .checkpoint import locate, open_checkpoint, read_tokenizer, read_weights
 from .corpus import read_corpus
@@ -97,8 +97,7 @@ def load_model(
     folder, gguf_file, config = open_checkpoint(model, revision)
     serving_dtype, dtype_reason = _choose_dtype(dtype, torch_device, config)
     adapter_folder = None if adapter is None else locate(adapter, None, "adapter")[0]
-    if adapter_folder is not None:
-        template = recorded_template(template, adapter_folder)
+    template = template_of(template, folder, adapter_folder)
     tokenizer = PromptTokenizer(read_tokenizer(folder, gguf_file), template)
 
     # An adapter is merged in float32, otherwise the checkpoint's own dtype holds the head exactly.
