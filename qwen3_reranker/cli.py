@@ -233,6 +233,7 @@ def _ui(arguments: argparse.Namespace) -> int:
         from . import ui
     except ModuleNotFoundError as error:
         raise MissingExtraError.of("the page", error.name, "ui") from error
+    inputs.listening(ui.HOST, arguments.port)  # before a model is loaded
     if arguments.url is None:
         model, reranker = _model(arguments), _reranker(arguments)
         print(f"Loading {model}.", flush=True)

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import monotonic
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from .errors import InputError, RemoteError, RemoteProtocolError, TimedOutError
 from .inputs import repaired
@@ -28,11 +28,13 @@ _PROBE_QUERY, _PROBE_DOCUMENT = "a", "b"
 # Tokens of the probe's query and document are two, and a few more that join them. The template
 # around them has more than 60, and an instruction that is read has one for each of its words.
 _FEWEST_OF_A_TEMPLATE = 16
-_PROBE_WORDS = 256
-_PROBE_INSTRUCTION = " ".join(["x"] * _PROBE_WORDS)
+_PROBE_WORDS, _FEW_WORDS = 256, 64
 _LEAST = 1e-300  # log-odds of it are finite, and so is their exponential
 _NOT_HERE = frozenset({400, 404, 405, 422})
 """Statuses of a server that has no such path, or does not understand the shape."""
+_NOT_UNDERSTOOD = frozenset({400, 422})
+_Way: TypeAlias = tuple[str, str]
+"""Where requests go and what the documents are called there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +89,21 @@ class Endpoint:
         self._lock = threading.Lock()
 
     def score(
-        self, instruction: str | None, query: str, documents: Sequence[str], deadline: float
+        self,
+        instruction: str | None,
+        query: str,
+        documents: Sequence[str],
+        deadline: float,
+        gone: threading.Event | None = None,
     ) -> list[RemoteScore]:
         """Score documents with one request.
+
+        Args:
+            instruction: Task sentence; None leaves it to the server.
+            query: The query.
+            documents: The documents.
+            deadline: When the request is given up, on the monotonic clock.
+            gone: Set when nobody waits any more.
 
         Raises:
             InputError: If the server does not read the instruction.
@@ -102,7 +116,8 @@ class Endpoint:
         body = self._body(dialect.field, instruction, query, documents)
         if self._max_tokens_per_doc is not None:
             body["max_tokens_per_doc"] = self._max_tokens_per_doc
-        return read_scores(self.connection.post(dialect.url, body, deadline), len(documents))
+        answer = self.connection.post(dialect.url, body, deadline, gone)
+        return read_scores(answer, len(documents))
 
     def _ask(self, deadline: float) -> Dialect:
         """Return what the server understands; concurrent first calls ask once."""
@@ -124,9 +139,36 @@ class Endpoint:
             ways = [(self._url, "documents"), (self._url, "texts")]
         else:
             ways += [(f"{self._url}/rerank", "documents"), (f"{self._url}/rerank", "texts")]
+        if self._prompt_mode == "client":
+            way, tokens = self._first_answer(ways, 0, deadline)
+            self._check_template(tokens)
+            return Dialect(*way, reads_instruction=False)
+        try:
+            way, tokens = self._first_answer(ways, _PROBE_WORDS, deadline)
+            reads_instruction = tokens is not None and tokens >= _PROBE_WORDS
+        except RemoteError as error:
+            if error.status not in _NOT_UNDERSTOOD:
+                raise
+            # It may read short prompts only.
+            way, tokens = self._first_answer(ways, 0, deadline)
+            reads_instruction = self._reads_more(way, tokens, deadline)
+        self._check_template(tokens)
+        return Dialect(*way, reads_instruction)
+
+    def _first_answer(
+        self, ways: Sequence[_Way], num_words: int, deadline: float
+    ) -> tuple[_Way, int | None]:
+        """Ask one way after the other, with an instruction of so many words or none.
+
+        Returns:
+            The first way that is understood, and the tokens that were read.
+
+        Raises:
+            RemoteError: If none is understood: of refusals the one that tells most.
+        """
         question = self._model_field() | {"query": _PROBE_QUERY}
-        if self._prompt_mode == "server":
-            question["instruction"] = _PROBE_INSTRUCTION
+        if num_words:
+            question["instruction"] = " ".join(["x"] * num_words)
         refusals: list[RemoteError] = []
         for url, field in ways:
             try:
@@ -137,10 +179,18 @@ class Endpoint:
                 refusals.append(error)
                 continue
             read_scores(answer, 1)
-            tokens = _prompt_tokens(answer)
-            self._check_template(tokens)
-            return Dialect(url, field, tokens is not None and tokens >= _PROBE_WORDS)
-        raise refusals[0]
+            return (url, field), _prompt_tokens(answer)
+        raise min(refusals, key=lambda refusal: refusal.status not in _NOT_UNDERSTOOD)
+
+    def _reads_more(self, way: _Way, tokens: int | None, deadline: float) -> bool:
+        """Say whether a short instruction, in the default one's place, makes a prompt longer."""
+        try:
+            _, more = self._first_answer([way], _FEW_WORDS, deadline)
+        except RemoteError as error:
+            if error.status not in _NOT_UNDERSTOOD:
+                raise
+            return False
+        return tokens is not None and more is not None and more - tokens >= _FEW_WORDS // 2
 
     def _check_template(self, tokens: int | None) -> None:
         if tokens is None:
@@ -235,7 +285,7 @@ def _read_score(row: dict[str, Any], index: int) -> RemoteScore:
     is_usable = (
         isinstance(log_odds, float)
         and math.isfinite(log_odds)
-        and math.isclose(probability(log_odds), score, abs_tol=1e-6)
+        and math.isclose(probability(log_odds), score, rel_tol=1e-9)  # a calibrated score's differ
     )
     return RemoteScore(log_odds if is_usable else _log_odds(score), row.get("truncated") is True)
 

@@ -13,6 +13,9 @@ from typing import Any
 from .errors import DataError
 from .jsonl import faults_error, parse_rows, read_lines
 
+_LONGEST_CELL = 2**27
+"""Characters; csv by itself refuses what has more than 131,072."""
+
 
 @dataclass(frozen=True, slots=True)
 class Document:
@@ -62,7 +65,7 @@ def read_documents(path: str) -> list[Document]:
     Raises:
         DataError: If the file cannot be read or has a fault.
     """
-    name = path.removesuffix(".gz").removesuffix(".xz")
+    name = path.lower().removesuffix(".gz").removesuffix(".xz")
     if name.endswith(".jsonl"):
         return parse_rows(path, parse_document)
     if name.endswith(".csv"):
@@ -90,6 +93,7 @@ def _read_csv(path: str) -> list[Document]:
     lines = (f"{text}\n" for _, text in read_lines(path, keep_blank=True))
     reader = csv.reader(lines, strict=True)
     documents, faults = [], []
+    usual = csv.field_size_limit(_LONGEST_CELL)
     try:
         header = next(reader, [])
         if header.count("text") != 1:
@@ -108,6 +112,8 @@ def _read_csv(path: str) -> list[Document]:
             documents.append(parse_document(named, reader.line_num))
     except csv.Error as error:
         faults.append(f"line {reader.line_num}: {error}")
+    finally:
+        csv.field_size_limit(usual)
     if faults:
         raise faults_error(path, faults)
     if not documents:

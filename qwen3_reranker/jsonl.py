@@ -151,9 +151,9 @@ def _open(path: str) -> AbstractContextManager[BinaryIO]:
         if sys.stdin is None:
             raise OSError("there is no standard input")
         return nullcontext(sys.stdin.buffer)  # not ours to close
-    if path.endswith(".gz"):
+    if path.lower().endswith(".gz"):
         return gzip.open(path)  # type: ignore[return-value]
-    if path.endswith(".xz"):
+    if path.lower().endswith(".xz"):
         return lzma.open(path)  # type: ignore[return-value]
     return open(path, "rb")
 

@@ -22,7 +22,7 @@ from .dialects import Endpoint, PromptMode, RemoteScore
 from .errors import ClosedError, InputError, Qwen3RerankerError, TimedOutError
 from .jobs import Job, Scored
 from .results import RankedDocument
-from .transport import Connection
+from .transport import Connection, is_address
 from .verbs import BaseReranker
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ class _Part:
     prompt: _Prompt
     documents: list[str]
     future: Future[list[RemoteScore]]
+    gone: threading.Event
 
 
 class RemoteReranker(BaseReranker):
@@ -154,8 +155,7 @@ class RemoteReranker(BaseReranker):
             done, _ = wait(futures, job.seconds_left(), return_when=FIRST_EXCEPTION)
             return _join(job, parts, done)
         finally:
-            for part in parts:
-                part.future.cancel()
+            _give_up(parts)
 
     async def _ascore(self, job: Job) -> Scored:
         parts = self._submit(job)
@@ -167,6 +167,7 @@ class RemoteReranker(BaseReranker):
                 )
             return _join(job, parts, {part.future for part in parts if part.future.done()})
         finally:
+            _give_up(parts)
             for future in waiting:
                 if not future.cancel() and not future.cancelled():
                     future.exception()  # seen, or asyncio would complain that nobody looked
@@ -179,13 +180,13 @@ class RemoteReranker(BaseReranker):
         wanted: dict[_Prompt, dict[str, None]] = {}
         for prompt, documents in zip(_prompts(job), job.documents, strict=True):
             wanted.setdefault(prompt, {}).update(dict.fromkeys(documents))
-        parts = []
+        parts, gone = [], threading.Event()
         for prompt, distinct in wanted.items():
             documents = list(distinct)
             for start in range(0, len(documents), size):
                 chunk = documents[start : start + size]
-                future = endpoint.connection.submit(endpoint.score, *prompt, chunk, deadline)
-                parts.append(_Part(prompt, chunk, future))
+                future = endpoint.connection.submit(endpoint.score, *prompt, chunk, deadline, gone)
+                parts.append(_Part(prompt, chunk, future, gone))
         return parts
 
     def _unranked(self, job: Job, error: Qwen3RerankerError) -> list[list[RankedDocument]] | None:
@@ -203,6 +204,13 @@ class RemoteReranker(BaseReranker):
             ]
             for row in job.documents
         ]
+
+
+def _give_up(parts: Sequence[_Part]) -> None:
+    """Send what is queued no more, and try nothing under way again."""
+    for part in parts:
+        part.gone.set()
+        part.future.cancel()
 
 
 def _prompts(job: Job) -> list[_Prompt]:
@@ -240,13 +248,18 @@ def _checked_url(url: Any) -> str:
     Raises:
         InputError: If it is no http address, or holds a password.
     """
-    text = inputs.path("url", url)
+    if not isinstance(url, str):
+        raise InputError(
+            f"url must be a string, got {type(url).__name__}. Pass an address such as "
+            "'http://127.0.0.1:8012'."
+        )
+    text = url.strip()
     try:
         parts = urlsplit(text)
         is_http = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:  # brackets that do not close, a port past 65,535
         is_http = False
-    if not is_http:
+    if not is_http or not is_address(text):
         raise InputError(
             "url must be an http or https address with a host. Pass one such as "
             "'http://127.0.0.1:8012'."

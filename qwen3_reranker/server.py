@@ -11,7 +11,6 @@ import copy
 import ipaddress
 import logging
 import os
-import socket
 from collections.abc import Coroutine
 from dataclasses import replace
 from pathlib import Path
@@ -250,7 +249,9 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
         405: "the path does not take this method. Reranking takes POST.",
         400: "the body cannot be read. Send JSON in UTF-8.",
     }
-    return _error(error.status_code, messages.get(error.status_code, str(error.detail)))
+    reply = _error(error.status_code, messages.get(error.status_code, str(error.detail)))
+    reply.headers.update(error.headers or {})  # which methods a path takes
+    return reply
 
 
 async def _on_invalid_body(request: Request, error: Exception) -> Response:
@@ -280,7 +281,7 @@ def serve(reranker: Reranker, name: str, *, host: str, port: int, api_key_file: 
             f"host {host} can be reached by other machines, and there is no API key. Set "
             f"{inputs.API_KEY_VARIABLE}, pass --api-key-file, or use --host 127.0.0.1."
         )
-    _refuse_busy(host, port)
+    inputs.listening(host, port)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     for each in ("qwen3_reranker", "uvicorn"):
         logging.getLogger(each).setLevel(logging.INFO)
@@ -310,18 +311,6 @@ async def _run(server: uvicorn.Server, service: Service) -> None:
         raise
     logger.info("The weights of %s are loaded.", service.name)
     await serving
-
-
-def _refuse_busy(host: str, port: int) -> None:
-    """Look first: uvicorn tells it by a traceback."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        socket.create_server((host, port), family=family).close()
-    except OSError as error:
-        raise InputError(
-            f"nothing can be served at {host}, port {port} ({os.strerror(error.errno or 0)}). Pass "
-            "another --port, or 0 for any that is free."
-        ) from error
 
 
 def read_api_key(file: str | None) -> str | None:

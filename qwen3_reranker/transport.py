@@ -10,13 +10,14 @@ import json
 import os
 import random
 import ssl
+import threading
 import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import cache
-from time import monotonic, sleep
+from time import monotonic
 from typing import Any, TypeVar
 
 from .errors import (
@@ -36,9 +37,13 @@ except ModuleNotFoundError as error:
 MAX_REPLY_BYTES = 16 * 1024 * 1024
 _ATTEMPTS = 3
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 8.0
+_LONGEST_WAIT_S = 300.0
+"""What a server may ask for by Retry-After; longer is a refusal."""
 _CONNECT_S = 5.0
 _RETRIED = frozenset({408, 429, 500, 502, 503, 504})
 _HINTS = {
+    400: "It does not take such requests, or texts of this length.",
+    422: "It does not take such requests, or texts of this length.",
     401: "Set api_key, or QWEN3_RERANKER_API_KEY.",
     403: "Ask its operator for a key that may rerank.",
     404: "Check the URL, and the model name if the server checks it.",
@@ -96,13 +101,20 @@ class Connection:
         self._open()
         return self._threads.submit(work, *args)
 
-    def post(self, url: str, body: Mapping[str, Any], deadline: float) -> Any:
+    def post(
+        self,
+        url: str,
+        body: Mapping[str, Any],
+        deadline: float,
+        gone: threading.Event | None = None,
+    ) -> Any:
         """Return the parsed reply to a request, tried three times if need be.
 
         Args:
             url: Where it goes; redirects are not followed.
             body: What it asks, as JSON.
             deadline: When it is given up, on the monotonic clock.
+            gone: Set when nobody waits any more, so that it is not tried again.
 
         Raises:
             TimedOutError: If the deadline comes first.
@@ -110,7 +122,8 @@ class Connection:
             RemoteError: If it cannot be reached, or refuses; `status` says how.
             RemoteProtocolError: If the reply is no JSON, or too long.
         """
-        content = json.dumps(body).encode()
+        content = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
+        gone = gone or threading.Event()
         for attempt in range(_ATTEMPTS):
             try:
                 return self._post_once(url, content, deadline)
@@ -119,9 +132,9 @@ class Connection:
                 if pause is None:
                     longest = min(_FIRST_PAUSE_S * 2**attempt, _LONGEST_PAUSE_S)
                     pause = random.uniform(0, longest)  # noqa: S311
-                if attempt == _ATTEMPTS - 1 or monotonic() + pause >= deadline:
+                too_late = pause > _LONGEST_WAIT_S or monotonic() + pause >= deadline
+                if attempt == _ATTEMPTS - 1 or too_late or gone.wait(pause):
                     raise failed.error from failed.__cause__
-                sleep(pause)
         raise AssertionError("unreachable")
 
     def _post_once(self, url: str, content: bytes, deadline: float) -> Any:
@@ -158,6 +171,14 @@ class Connection:
 def _certificates() -> ssl.SSLContext:
     # To read them takes a tenth of a second; every client would, even for plain http.
     return httpx.create_ssl_context()
+
+
+def is_address(url: str) -> bool:
+    """Say whether requests can go to a URL, and any machine would read it alike."""
+    try:
+        return bool(httpx.URL(url).host)
+    except (httpx.InvalidURL, ValueError):
+        return False
 
 
 def _close(client: httpx.Client, threads: ThreadPoolExecutor, pid: int) -> None:
@@ -222,7 +243,7 @@ def _pause_s(retry_after: str | None) -> float | None:
     except ValueError:
         try:
             date = parsedate_to_datetime(retry_after)
-        except ValueError:
+        except (ValueError, OverflowError):
             return None
         seconds = (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
     return max(seconds, 0.0) if seconds == seconds else None

@@ -33,6 +33,7 @@ class FaultServer(ThreadingHTTPServer):
         is_tei: True for TEI's shape.
         has_template: False to report as few tokens as a server without the template.
         reads_instruction: True to report the tokens of instructions.
+        longest: Words of an instruction; longer ones are refused.
         delay_s: Seconds before each answer.
     """
 
@@ -48,7 +49,7 @@ class FaultServer(ThreadingHTTPServer):
         self.questions: list[dict[str, Any]] = []
         self.connections = 0
         self.is_tei, self.has_template, self.reads_instruction = False, True, True
-        self.delay_s = 0.0
+        self.longest, self.delay_s = 1000, 0.0
         self.lock = threading.Lock()
         self.is_over = threading.Event()
 
@@ -100,6 +101,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(404, {"error": "no such path"})
         elif server.is_tei and "texts" not in body:
             self._send(422, {"error": "missing field texts", "error_type": "Validation"})
+        elif len(body.get("instruction", "").split()) > server.longest:
+            self._send(400, {"error": "instruction and query take too many tokens"})
         elif (body["query"], body.get("documents", body.get("texts"))) == ("a", ["b"]):
             server.questions.append(body)
             name = "score" if server.is_tei else "relevance_score"

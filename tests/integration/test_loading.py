@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 
+from finetune.whole import load_whole
 from qwen3_reranker import InputError, ModelLoadError, NonFiniteScoreError, Reranker
 from qwen3_reranker.adapters import ADAPTER_RECORD, fingerprint
 from qwen3_reranker.embedded import find_gguf
@@ -392,6 +393,19 @@ def test_recorded_template_is_used(checkpoint: Callable[..., Path], adapter: Pat
     record(adapter, {"template": {"id": template.id, "hash": template.hash}})
     loaded = load_model(str(checkpoint()), adapter=str(adapter))
     assert loaded.tokenizer.template is template
+
+
+def test_template_that_full_fine_tuning_recorded_is_used(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    template, folder = TEMPLATES["published-eval"], tmp_path / "model"
+    shutil.copytree(checkpoint(), folder)
+    assert load_model(str(folder)).tokenizer.template is not template
+    record(folder, {"template": {"id": template.id, "hash": template.hash}})
+    assert load_model(str(folder)).tokenizer.template is template
+    assert load_whole(str(folder), None).tokenizer.template is template
+    with pytest.raises(ModelLoadError, match="was trained with template 'published-eval'"):
+        load_model(str(folder), template=TEMPLATES["chatml"])
 
 
 @pytest.mark.parametrize(

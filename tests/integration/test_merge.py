@@ -195,6 +195,13 @@ def test_what_cannot_be_merged_is_told(
     base, one = checkpoint(), make_adapter("one")
     attention = make_adapter("two", target_modules=["q_proj", "v_proj"])
     dora = make_adapter("three", use_dora=True)
+    embeds = make_adapter("six")
+    state = load_file(embeds / "adapter_model.safetensors")
+    state["base_model.model.model.embed_tokens.lora_embedding_A"] = torch.zeros(2, 9)
+    save_file(state, embeds / "adapter_model.safetensors")
+    biased = make_adapter("seven")
+    settings = json.loads((biased / "adapter_config.json").read_text())
+    (biased / "adapter_config.json").write_text(json.dumps({**settings, "bias": "lora_only"}))
     wider = checkpoint(intermediate_size=160)
     deeper = checkpoint(num_hidden_layers=3)
     recorded = [make_adapter(name) for name in ("four", "five")]
@@ -215,6 +222,8 @@ def test_what_cannot_be_merged_is_told(
         f"--model {base} {wider}": "has other shapes",
         f"--adapter {one} {attention}": "has other tensors",
         f"--adapter {one} {dora}": "has use_dora",
+        f"--adapter {embeds} {embeds}": "changes more than linear layers",
+        f"--adapter {one} {biased}": "has bias lora_only",
         f"--adapter {recorded[0]} {recorded[1]}": "trained with another base",
     }.items():
         output = tmp_path / "out"

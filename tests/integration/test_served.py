@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from finetune.cli import main
+from finetune.output import only_run
 from finetune.served import Served, saved_scores
 from qwen3_reranker import Reranker
 from qwen3_reranker.candidates import CandidateList
+
+
+def test_two_comparisons_share_no_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lists = tmp_path / "lists.jsonl"
+    lists.write_text('{"query": "q", "candidates": [{"text": "t", "label": 1}]}\n')
+    with only_run(tmp_path):
+        command = f"evaluate --model none --eval_file {lists} --output_dir {tmp_path}"
+        assert main(shlex.split(command)) == 2
+    assert f"another run writes to '{tmp_path}'" in capsys.readouterr().err
+
 
 LISTS = {
     "first": [CandidateList("1", "rust", None, ["a", "b"], ["iron", "a language"], [1, 0], [])],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from finetune.groups import Example, GroupDataset, Sampling, training_packs
 from finetune.losses import GroupLoss, hybrid, listwise, pointwise
 from finetune.trainee import Base, Trainee, load_trainee
 from finetune.trainer import GroupTrainer
+from qwen3_reranker import DataError
 from qwen3_reranker.packing import Group, Seat, build_pack
 from tests import texts
 
@@ -63,6 +65,16 @@ def rows(count: int, seed: int = 3) -> list[TrainingGroup]:
 def dataset(trainee: Trainee, groups: Sequence[TrainingGroup], **settings: Any) -> GroupDataset:
     sampling = Sampling(**{"num_positives": 3, "num_negatives": 15, "max_length": 512, **settings})
     return GroupDataset(groups, trainee.tokenizer, sampling)
+
+
+def test_rows_without_room_are_found_before_training(trainee: Callable[..., Trainee]) -> None:
+    groups, long = rows(4), "word " * 600
+    groups[1] = replace(groups[1], instruction="short")
+    sound = dataset(trainee(), groups, paraphrases={"short": ["as short"], "other": [long]})
+    assert len([sound[i] for i in range(4)]) == 4
+    groups[2] = replace(groups[2], query=long)
+    with pytest.raises(DataError, match=r"2 faults; .*\n  row 2: .*\n  row 3: query"):
+        dataset(trainee(), groups, paraphrases={"short": ["as short", long]})
 
 
 def gradients(trainee: Trainee) -> torch.Tensor:

@@ -159,6 +159,9 @@ def test_an_ended_run_is_not_trained_for_one_step_more(tmp_path: Path) -> None:
     longer = {"max_steps": 20}
     commit(tmp_path / "checkpoint-8", FILES, {**SETTINGS, "max_steps": 8})
     assert start(tmp_path, settings=longer, allow_changed=True)[0].ended() is None
+    found, _ = start(tmp_path, settings={"learning_rate": 2e-4}, allow_changed=True)
+    with pytest.raises(InputError, match=r"other settings \(learning_rate\) would have no effect"):
+        found.ended()
 
 
 def test_a_finished_folder_is_complete_until_it_is_changed(tmp_path: Path) -> None:

@@ -36,6 +36,9 @@ def test_text_is_split_into_lines_or_paragraphs(text: str, documents: list[str])
         ("d.csv", "\ufefftext\r\ntea\r\n\r\ncoffee\r\n", [("2", "tea"), ("4", "coffee")]),
         ("d.jsonl", '{"_id": "d1", "title": "Tea", "text": "x"}', [("d1", "x", "Tea")]),
         ("d.csv", "title,text\nTea,x", [("2", "x", "Tea")]),
+        ("D.CSV", "id,text\n1,tea", [("1", "tea")]),
+        ("D.JSONL", '{"text": "tea"}', [("1", "tea")]),
+        ("d.csv", "text\n" + "x" * 200_000, [("2", "x" * 200_000)]),
         ("d.csv", 'id,text,x\na,"one, ""two""\n\nthree",\n', [("a", 'one, "two"\n\nthree')]),
     ],
 )

@@ -112,6 +112,13 @@ def test_separable_labels_are_refused() -> None:
         fit(scored([[1.0, -1.0]] * 40, [[1, 0]] * 40))
 
 
+@pytest.mark.parametrize("odd", [[-2.0, 2.0], [1.0, 1.0]], ids=["misordered", "tied"])
+def test_labels_that_all_but_one_query_separates_are_refused_as_such(odd: list[float]) -> None:
+    rows = [[1.0 + i % 7, -1.0 - i % 5] for i in range(39)]
+    with pytest.raises(DataError, match="or all but a few have, so no finite temperature fits"):
+        fit(scored([*rows, odd], [[1, 0]] * 40))
+
+
 @pytest.mark.parametrize(
     ("labels", "counts"),
     [

@@ -5,7 +5,10 @@ import math
 import pytest
 import torch
 
+from finetune.data import TrainingGroup
 from finetune.losses import distill_kl, distill_margin_mse, hybrid, listwise, pointwise
+from finetune.preflight import one_sided_warnings
+from qwen3_reranker import DataError
 
 S = torch.tensor([2.0, -1.0, 0.5, 3.0], dtype=torch.float64)
 Y = torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=torch.float64)
@@ -71,3 +74,15 @@ def test_losses_stay_finite_for_huge_log_odds(scale: float) -> None:
     assert torch.isfinite(total)
     assert scores.grad is not None
     assert torch.isfinite(scores.grad).all()
+
+
+def test_rows_that_a_loss_cannot_compare_are_told() -> None:
+    both, one = TrainingGroup("q", ["p"], ["n"], None), TrainingGroup("q", ["p"], [], None)
+    assert one_sided_warnings([both, both], "listwise") == []
+    assert one_sided_warnings([one, one], "pointwise") == []
+    for loss in ("listwise", "hybrid"):
+        (warning,) = one_sided_warnings([both, one], loss)
+        assert warning.startswith("1 of 2 rows have no positive or no negative")
+    assert len(one_sided_warnings([one, one], "hybrid")) == 1
+    with pytest.raises(DataError, match=r"train nothing\. Mine negatives"):
+        one_sided_warnings([one, one], "listwise")

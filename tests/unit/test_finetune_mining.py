@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from finetune import mine as command
 from finetune.cli import main
 from finetune.data import TrainingGroup, normalised, read_training_file
 from finetune.negatives import HIGH, LEFT_OUT, NEAR, Judge, Mining, candidates, find_negatives
+from finetune.output import only_run
 from finetune.retrieval import BM25, Corpus, query_prompt, read_corpus, search, unite, words
 from qwen3_reranker import DataError
 from qwen3_reranker.documents import Document
@@ -422,6 +424,18 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(
     for name in ("mined.jsonl", "mined.dropped.jsonl"):
         assert (whole / name).read_bytes() == (killed / name).read_bytes()
     assert len((whole / "mined.dropped.jsonl").read_bytes()) > 1000, "something was dropped"
+
+
+def test_second_run_of_a_result_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = files(tmp_path, [ROW], TEXTS)
+    work = tmp_path / "mined.jsonl.work"
+    work.mkdir()
+    with only_run(work):
+        assert main(arguments) == 2
+    assert f"another run writes to '{work}', process {os.getpid()} on" in capsys.readouterr().err
+    assert main(arguments) == 0
 
 
 def test_half_a_line_of_a_killed_run_is_computed_again(

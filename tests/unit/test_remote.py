@@ -34,7 +34,7 @@ from qwen3_reranker import (
 )
 from qwen3_reranker.dialects import read_scores
 from qwen3_reranker.prompt import QWEN3_RERANKER
-from qwen3_reranker.results import verify_ranking
+from qwen3_reranker.results import probability, verify_ranking
 from tests.contract_model import Model, text
 from tests.fault_server import FaultServer, fault_server
 from tests.invariants import check_ranking
@@ -298,7 +298,17 @@ class TestTime:
             reranker.rank(QUERY, DOCUMENTS, timeout_s=5)
         assert time.monotonic() - started < 0.5
 
-    @pytest.mark.parametrize("header", ["soon", "nan", "-3", ""])
+    def test_retry_after_that_is_too_long_is_a_refusal_without_a_deadline_too(
+        self, server: FaultServer
+    ) -> None:
+        with RemoteReranker(server.url, timeout_s=None) as reranker:
+            server.script = ["429 1e300"]
+            with ends_within(0.5), pytest.raises(OverloadedError):
+                reranker.rank(QUERY, DOCUMENTS)
+
+    @pytest.mark.parametrize(
+        "header", ["soon", "nan", "-3", "", "Mon, 01 Jan 99999999999 00:00:00 GMT"]
+    )
     def test_retry_after_that_means_nothing_is_passed_over(
         self, reranker: RemoteReranker, server: FaultServer, header: str
     ) -> None:
@@ -343,6 +353,19 @@ class TestTime:
         with RemoteReranker(server.url, max_in_flight=1, max_documents_per_request=1) as reranker:
             task = asyncio.create_task(reranker.arank(QUERY, DOCUMENTS))
             await asyncio.sleep(0.1)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await asyncio.sleep(0.5)
+        assert len(server.requests) == 1
+
+    async def test_cancelled_call_is_not_tried_again(self, server: FaultServer) -> None:
+        with RemoteReranker(server.url) as reranker:
+            await reranker.arank(QUERY, DOCUMENTS)
+            server.requests.clear()
+            server.script = ["429 0.3"] * 3
+            task = asyncio.create_task(reranker.arank(QUERY, DOCUMENTS))
+            await asyncio.sleep(0.15)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
@@ -485,6 +508,31 @@ class TestDialects:
             with pytest.raises(InputError, match="does not read instructions"):
                 rank(reranker, QUERY, DOCUMENTS, instruction="task")
 
+    @pytest.mark.parametrize(("longest", "reads"), [(100, True), (100, False), (20, False)])
+    def test_server_that_reads_short_prompts_only_is_used_all_the_same(
+        self, rank: Rank, server: FaultServer, longest: int, reads: bool
+    ) -> None:
+        server.longest, server.reads_instruction = longest, reads
+        with RemoteReranker(server.url) as reranker:
+            assert indices(rank(reranker, QUERY, DOCUMENTS)) == ORDER
+            if reads:
+                assert indices(rank(reranker, QUERY, DOCUMENTS, instruction="task")) == ORDER
+            else:
+                with pytest.raises(InputError, match="does not read instructions"):
+                    rank(reranker, QUERY, DOCUMENTS, instruction="task")
+        assert len(server.questions) == (2 if longest == 100 else 1)
+
+    def test_calibrated_scores_keep_the_servers_order(self) -> None:
+        for bias in (-5.0, 3.0):  # raw log-odds whose calibrated scores are near 0, and near 1
+            raw = [-14.0, -13.0, 2.0, 13.0, 14.0]
+            rows = [
+                {"index": i, "relevance_score": probability(value + bias), "log_odds": value}
+                for i, value in enumerate(raw)
+            ]
+            scores = read_scores({"results": rows}, len(rows))
+            for score, value in zip(scores, raw, strict=True):
+                assert score.log_odds == pytest.approx(value + bias, rel=1e-6)
+
     def test_server_is_asked_once(self, server: FaultServer) -> None:
         with RemoteReranker(server.url) as reranker, ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda _: reranker.rank(QUERY, DOCUMENTS), range(16)))
@@ -551,6 +599,10 @@ class TestSettings:
             ({"url": 5}, "url"),
             ({"url": "http://[::1"}, "http or https"),
             ({"url": "http://host:99999"}, "http or https"),
+            ({"url": ""}, "http or https"),
+            ({"url": None}, "url must be a string, got NoneType"),
+            ({"url": "http://xn--a:9"}, "http or https"),
+            ({"url": "http://ho\nst"}, "http or https"),
             ({"api_key": "CANARY\nX: y"}, "printable ASCII"),
             ({"api_key": "CANARY ü"}, "printable ASCII"),
             ({"timeout_s": 0}, "timeout_s"),
@@ -567,6 +619,10 @@ class TestSettings:
         with pytest.raises(InputError, match=message) as caught:
             RemoteReranker(**{"url": "http://host", **settings})
         assert "CANARY" not in str(caught.value)
+
+    def test_address_of_a_file_may_end_in_a_newline(self, server: FaultServer) -> None:
+        with RemoteReranker(f" {server.url}\n") as reranker:
+            assert indices(reranker.rank(QUERY, DOCUMENTS)) == ORDER
 
     def test_key_stands_nowhere(
         self, server: FaultServer, caplog: pytest.LogCaptureFixture

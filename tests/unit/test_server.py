@@ -22,6 +22,7 @@ from qwen3_reranker import (
     OverloadedError,
     Reranker,
     TimedOutError,
+    inputs,
 )
 from qwen3_reranker.cli import main
 from qwen3_reranker.packing import Pack
@@ -280,6 +281,7 @@ async def test_unknown_path_and_method_are_told_in_the_same_shape(
         reply = await client.request(method, path)
         assert reply.status_code == status
         assert reply.json()["error"]["code"] == status
+        assert reply.headers.get("Allow") == ("POST" if status == 405 else None)
 
 
 @pytest.mark.parametrize(
@@ -589,6 +591,17 @@ def test_busy_port_is_told_before_anything_is_loaded(
         assert main(["serve", "served", "--port", str(port)]) == 2
     error = capsys.readouterr().err
     assert f"at 127.0.0.1, port {port} (Address already in use). Pass another --port" in error
+
+
+def test_address_that_cannot_be_listened_at_is_told(
+    model: fakes.FakeModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("gradio")
+    for command in ("serve", "ui"):
+        assert main([command, "served", "--port", "70000"]) == 2
+        assert "port must be between 0 and 65535, got 70000" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"at no\.invalid, port 0 \((?!Unknown error)"):
+        inputs.listening("no.invalid", 0)
 
 
 def test_key_comes_from_the_file_or_the_environment(
