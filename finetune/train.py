@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import transformers
 
@@ -208,7 +209,7 @@ def _optimise(
     callbacks: list[transformers.TrainerCallback] = []
     stops_early = arguments.early_stopping_patience and training.eval_strategy != "no"
     if watched.lists and stops_early:
-        callbacks.append(transformers.EarlyStoppingCallback(arguments.early_stopping_patience))
+        callbacks.append(early_stopping(arguments.early_stopping_patience))
     ours = copy.copy(training)
     ours.save_total_limit = None  # or the Trainer would delete a checkpoint before the next is safe
     ours.restore_callback_states_from_checkpoint = True  # the patience that early stopping has left
@@ -226,6 +227,19 @@ def _optimise(
         trainer.train(resume_from_checkpoint=str(start.checkpoint) if start else None)
     safe.stop_if_saved(trainer.state.global_step)
     return list(trainer.state.log_history)
+
+
+def early_stopping(patience: int) -> transformers.EarlyStoppingCallback:
+    """Return a callback that counts on from a checkpoint, but with the patience of this run.
+
+    The Trainer makes it anew from the arguments and under the class's name that the checkpoint has.
+    """
+
+    class EarlyStoppingCallback(transformers.EarlyStoppingCallback):
+        def __init__(self, **_: Any) -> None:
+            super().__init__(patience)
+
+    return EarlyStoppingCallback()
 
 
 def group_loss(arguments: RerankerArguments) -> losses.GroupLoss:

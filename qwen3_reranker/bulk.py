@@ -6,12 +6,14 @@ with NumPy columns, a loop over Parquet batches with lists.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from .errors import InputError
+from . import inputs
+from .errors import DocumentTooLargeError, InputError, NonFiniteScoreError
 from .reranker import Reranker
 
 NEEDED = ("query", "document")
@@ -62,16 +64,24 @@ def score_columns(reranker: Reranker, batch: Mapping[str, Sequence[Any]]) -> dic
         Qwen3RerankerError: As `Reranker.rank`.
     """
     _check_columns(batch)
-    pairs = list(zip(batch["query"], batch["document"], strict=True))
-    given = list(batch["instruction"]) if "instruction" in batch else None
-    job = reranker._job_of_pairs(pairs, given, None)
-    scored = reranker._score(job)
-    return {
-        **batch,
-        "score": np.array(job.in_rows(scored.scores), float),
-        "log_odds": np.array(job.in_rows(scored.log_odds), float),
-        "truncated": np.array(job.in_rows(scored.truncated), bool),
-    }
+    queries, documents, positions = _group(batch)
+    try:
+        rankings = reranker.rank_many(
+            [query for _, query in queries],
+            documents,
+            instruction=[instruction for instruction, _ in queries],
+        )
+    except (InputError, DocumentTooLargeError, NonFiniteScoreError) as error:
+        raise type(error)(_name_rows(str(error), positions)) from error
+    num_rows = len(batch["query"])
+    scores, log_odds = np.empty(num_rows), np.empty(num_rows)
+    truncated = np.empty(num_rows, bool)
+    for ranking, rows in zip(rankings, positions, strict=True):
+        for result in ranking:
+            row = rows[result.index]
+            scores[row], log_odds[row] = result.score, result.log_odds
+            truncated[row] = result.truncated
+    return {**batch, "score": scores, "log_odds": log_odds, "truncated": truncated}
 
 
 def _check_columns(batch: Mapping[str, Sequence[Any]]) -> None:
@@ -86,3 +96,31 @@ def _check_columns(batch: Mapping[str, Sequence[Any]]) -> None:
         raise InputError(
             f"a batch has a column {taken[0]} already, which would be overwritten. Rename it first."
         )
+
+
+def _group(
+    batch: Mapping[str, Sequence[Any]],
+) -> tuple[list[tuple[str | None, str]], list[list[str]], list[list[int]]]:
+    """Return the distinct (instruction, query)s, the documents of each, and their rows."""
+    pairs = inputs.pairs(zip(batch["query"], batch["document"], strict=True))
+    given = list(batch["instruction"]) if "instruction" in batch else None
+    instructions = inputs.instructions(given, len(pairs))
+    rows: dict[tuple[str | None, str], list[int]] = {}
+    for row, (instruction, (query, _)) in enumerate(zip(instructions, pairs, strict=True)):
+        rows.setdefault((instruction, query), []).append(row)
+    documents = [[pairs[row][1] for row in group] for group in rows.values()]
+    return list(rows), documents, list(rows.values())
+
+
+def _name_rows(message: str, positions: Sequence[Sequence[int]]) -> str:
+    """Return a message that names rows of the batch instead of places in what was made of it."""
+
+    def name(found: re.Match[str]) -> str:
+        places = [int(place) for place in found.groups()[1:] if place is not None]
+        if len(positions) == 1:  # the only query's number is not told
+            places.insert(0, 0)
+        query, document = (*places, 0)[:2]
+        kind = "query" if found[1] == "queries" else "document"
+        return f"{kind} of pairs[{positions[query][document]}]"
+
+    return re.sub(r"(queries|documents)\[(\d+)\](?:\[(\d+)\])?", name, message)

@@ -6,19 +6,21 @@ travels, the key and a server's own words never stand in an error.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import queue
 import random
 import ssl
 import threading
 import weakref
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from functools import cache
+from functools import cache, partial
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from .errors import (
     MissingExtraError,
@@ -50,6 +52,7 @@ _HINTS = {
     413: "Send fewer documents per request, or shorter ones.",
 }
 _Result = TypeVar("_Result")
+_Work: TypeAlias = tuple[Future[Any], Callable[[], Any]]
 
 
 class _TransientError(Exception):
@@ -59,6 +62,52 @@ class _TransientError(Exception):
         super().__init__(str(error))
         self.error = error
         self.pause_s = pause_s
+
+
+class _Threads:
+    """Threads that work off a queue; daemons, or the end of a process would wait for a server.
+
+    Args:
+        size: Threads at most.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._left = size
+        self._lock = threading.Lock()
+        self._waiting: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+
+    def submit(self, work: Callable[..., _Result], *args: Any) -> Future[_Result]:
+        """Run work in one of the threads, in the order submitted."""
+        future: Future[_Result] = Future()
+        self._waiting.put((future, partial(work, *args)))
+        with self._lock:
+            if self._left:
+                self._left -= 1
+                name = "qwen3-reranker-remote"
+                threading.Thread(target=_run, args=(self._waiting,), name=name, daemon=True).start()
+        return future
+
+    def stop(self) -> None:
+        """Drop what waits, and let the threads end after what they are at, unawaited."""
+        with contextlib.suppress(queue.Empty):
+            while work := self._waiting.get_nowait():
+                work[0].cancel()
+        self._waiting.put(None)
+
+
+def _run(waiting: queue.SimpleQueue[_Work | None]) -> None:
+    while work := waiting.get():
+        future, call = work
+        if future.set_running_or_notify_cancel():
+            try:
+                result = call()
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+                del result
+        del work, future, call  # an idle thread holds nothing
+    waiting.put(None)  # for the next
 
 
 class Connection:
@@ -92,7 +141,7 @@ class Connection:
                 max_keepalive_connections=self._max_in_flight,
             ),
         )
-        self._threads = ThreadPoolExecutor(self._max_in_flight, "qwen3-reranker-remote")
+        self._threads = _Threads(self._max_in_flight)
         weakref.finalize(self, _close, self._client, self._threads, pid)
         self._pid = pid  # last: until then other threads of a forked child make pools, too
 
@@ -181,10 +230,10 @@ def is_address(url: str) -> bool:
         return False
 
 
-def _close(client: httpx.Client, threads: ThreadPoolExecutor, pid: int) -> None:
+def _close(client: httpx.Client, threads: _Threads, pid: int) -> None:
     if os.getpid() != pid:  # a fork's copies; the sockets are the parent's
         return
-    threads.shutdown(wait=False, cancel_futures=True)
+    threads.stop()
     client.close()
 
 

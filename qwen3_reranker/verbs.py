@@ -189,7 +189,7 @@ class BaseReranker(ABC):
         Raises:
             Qwen3RerankerError: As `rank`.
         """
-        job = self._job_of_pairs(pairs, inputs.instruction(instruction), timeout_s)
+        job = self._job_of_pairs(pairs, instruction, timeout_s)
         return job.in_rows(self._score(job).scores)
 
     async def ascore_pairs(
@@ -204,7 +204,7 @@ class BaseReranker(ABC):
         Raises:
             Qwen3RerankerError: As `rank`.
         """
-        job = self._job_of_pairs(pairs, inputs.instruction(instruction), timeout_s)
+        job = self._job_of_pairs(pairs, instruction, timeout_s)
         return job.in_rows((await self._ascore(job)).scores)
 
     def __enter__(self) -> Self:
@@ -242,18 +242,13 @@ class BaseReranker(ABC):
         return Job(queries, documents, instructions, deadline)
 
     def _job_of_pairs(self, pairs: Any, instruction: Any, timeout_s: Any) -> Job:
-        """Check pairs; equal queries with equal instructions become one."""
+        """Check pairs; those of equal queries become one list."""
         checked = inputs.pairs(pairs)
-        instructions = inputs.instructions(instruction, len(checked))
-        rows: dict[tuple[str, str | None], list[int]] = {}
-        for row, ((query, _), given) in enumerate(zip(checked, instructions, strict=True)):
-            rows.setdefault((query, given), []).append(row)
-        job = self._job(
-            [query for query, _ in rows],
-            [[checked[row][1] for row in places] for places in rows.values()],
-            [given for _, given in rows],
-            timeout_s,
-        )
+        rows: dict[str, list[int]] = {}
+        for row, (query, _) in enumerate(checked):
+            rows.setdefault(query, []).append(row)
+        documents = [[checked[row][1] for row in places] for places in rows.values()]
+        job = self._job(list(rows), documents, inputs.instruction(instruction), timeout_s)
         return replace(job, rows=list(rows.values()))
 
     def _unranked(self, job: Job, error: Qwen3RerankerError) -> list[list[RankedDocument]] | None:

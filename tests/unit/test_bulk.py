@@ -4,9 +4,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from qwen3_reranker import InputError, Reranker
+from qwen3_reranker import DocumentTooLargeError, InputError, NonFiniteScoreError, Reranker
 from qwen3_reranker.bulk import BulkScorer
+from qwen3_reranker.packing import Pack
 from tests import fakes
 
 BATCH: dict[str, list[Any]] = {
@@ -71,6 +73,27 @@ def test_what_cannot_be_scored_is_told(change: dict[str, Any], message: str) -> 
     batch = {name: rows for name, rows in {**BATCH, **change}.items() if rows is not None}
     with pytest.raises(InputError, match=message):
         BulkScorer("m")(batch)
+
+
+@pytest.mark.parametrize("queries", [["q"] * 4, ["q", "r", "q", "r"]])
+@pytest.mark.parametrize("error", [DocumentTooLargeError, NonFiniteScoreError])
+def test_document_that_cannot_be_scored_is_named_by_its_row(
+    monkeypatch: pytest.MonkeyPatch, queries: list[str], error: type[Exception]
+) -> None:
+    documents = ["short", "short", "short", "long " * 99]
+
+    class Network(fakes.FakeNetwork):
+        def score(self, pack: Pack) -> NDArray[np.float32]:
+            long = [d.stop - d.start > 50 for span in pack.spans for d in span.documents]
+            if any(long) and error is DocumentTooLargeError:
+                raise MemoryError
+            return np.where(long, np.float32(np.nan), np.float32(0))
+
+    with (
+        fakes.loaded(monkeypatch, fakes.FakeModel(network=Network())),
+        pytest.raises(error, match=r"document of pairs\[3\]"),
+    ):
+        BulkScorer("m")({"query": queries, "document": documents})
 
 
 def test_model_that_does_not_load_fails_the_constructor(monkeypatch: pytest.MonkeyPatch) -> None:

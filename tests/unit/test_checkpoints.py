@@ -32,6 +32,7 @@ from finetune.output import (
     verify,
     writing,
 )
+from finetune.train import early_stopping
 from finetune.trainer import _FiniteOrStop
 from qwen3_reranker.errors import InputError, NonFiniteScoreError
 
@@ -162,6 +163,14 @@ def test_an_ended_run_is_not_trained_for_one_step_more(tmp_path: Path) -> None:
     found, _ = start(tmp_path, settings={"learning_rate": 2e-4}, allow_changed=True)
     with pytest.raises(InputError, match=r"other settings \(learning_rate\) would have no effect"):
         found.ended()
+
+
+def test_patience_is_that_of_the_run_that_goes_on() -> None:
+    before, now = early_stopping(3), early_stopping(10)
+    before.early_stopping_patience_counter = 2
+    assert type(now).__name__ == "EarlyStoppingCallback", "as checkpoints of all versions name it"
+    restored = type(now).from_state(before.state())  # as the Trainer does
+    assert (restored.early_stopping_patience, restored.early_stopping_patience_counter) == (10, 2)
 
 
 def test_a_finished_folder_is_complete_until_it_is_changed(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import gc
 import logging
 import math
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -449,6 +450,19 @@ class TestManyDocuments:
         )
         subprocess.run([sys.executable, "-c", code], check=True, timeout=20)
         assert server.connections == 2
+
+    def test_interrupted_process_does_not_wait_for_the_server(self, server: FaultServer) -> None:
+        server.script = ["stall"]  # for five seconds
+        code = (
+            "from qwen3_reranker import RemoteReranker\n"
+            f"RemoteReranker({server.url!r}).rank('q', ['d'], timeout_s=60)\n"
+        )
+        with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) as process:
+            while not server.requests:
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            _, error = process.communicate(timeout=3)
+        assert b"KeyboardInterrupt" in error
 
 
 class TestDialects:
