@@ -46,10 +46,10 @@ class Job:
         return sum(map(len, self.documents))
 
     def name_query(self, query: int) -> str:
-        """Return how the caller knows a query."""
+        """Return how the caller knows one query of several, or that of a pair."""
         if self.rows is not None:
             return f"query of pairs[{self.rows[query][0]}]"
-        return "query" if len(self.queries) == 1 else f"queries[{query}]"
+        return f"queries[{query}]"
 
     def name_document(self, query: int, document: int) -> str:
         """Return how the caller knows a document."""

@@ -366,7 +366,8 @@ class TestTime:
             server.requests.clear()
             server.script = ["429 0.3"] * 3
             task = asyncio.create_task(reranker.arank(QUERY, DOCUMENTS))
-            await asyncio.sleep(0.15)
+            while not server.requests:
+                await asyncio.sleep(0.01)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
@@ -458,7 +459,7 @@ class TestManyDocuments:
             f"RemoteReranker({server.url!r}).rank('q', ['d'], timeout_s=60)\n"
         )
         with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) as process:
-            while not server.requests:
+            while not server.requests and process.poll() is None:
                 time.sleep(0.01)
             process.send_signal(signal.SIGINT)
             _, error = process.communicate(timeout=3)
