@@ -62,8 +62,10 @@ class Start:
         Raises:
             InputError: If it ended with other settings, which nothing would be trained with.
         """
-        state: Any = transformers.TrainerState.load_from_json(str(self.checkpoint / _STATE))
-        control: Any = (state.stateful_callbacks or {}).get("TrainerControl", {})
+        file = str(self.checkpoint / _STATE)
+        state: transformers.TrainerState = transformers.TrainerState.load_from_json(file)
+        callbacks: Any = state.stateful_callbacks or {}
+        control = callbacks.get("TrainerControl", {})
         has_ended = control.get("args", {}).get("should_training_stop", False)
         if not has_ended or self.changed & _LENGTH:
             return None
@@ -73,8 +75,7 @@ class Start:
                 f"({', '.join(sorted(self.changed))}) would have no effect. Raise "
                 "--num_train_epochs to train on with them, or name another --output_dir."
             )
-        ended: transformers.TrainerState = state
-        return ended
+        return state
 
     def best(self) -> Path | None:
         """Return the checkpoint that scored best so far, which lies beside this one."""

@@ -138,12 +138,15 @@ class GroupDataset(Dataset[Example]):
         if instruction is None or self._sampling.instruction_dropout:
             yield None
         if instruction is not None:
-            yield from (instruction, *self._sampling.paraphrases.get(instruction, ()))
+            yield from self._wordings(instruction)
 
     def _instruction(self, rng: random.Random, instruction: str | None) -> str | None:
         if instruction is None or rng.random() < self._sampling.instruction_dropout:
             return None
-        return rng.choice([instruction, *self._sampling.paraphrases.get(instruction, ())])
+        return rng.choice(self._wordings(instruction))
+
+    def _wordings(self, instruction: str) -> list[str]:
+        return [instruction, *self._sampling.paraphrases.get(instruction, ())]
 
 
 def _draw(rng: random.Random, places: range, count: int) -> Sequence[int]:

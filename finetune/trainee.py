@@ -22,6 +22,7 @@ from qwen3_reranker.adapters import (
     ADAPTER_WEIGHTS,
     fingerprint,
     no_alias_warning,
+    recorded_template,
     refuse_other_base,
     template_of,
 )
@@ -117,7 +118,7 @@ class Trainee:
         Raises:
             ModelLoadError: If they are no LoRA weights of this base, prompt and these settings.
         """
-        template_of(self.tokenizer.template, folder, folder)
+        recorded_template(self.tokenizer.template, folder)
         if self.fingerprint is not None:
             refuse_other_base(self.fingerprint, folder)
         problem = self._difference(folder)

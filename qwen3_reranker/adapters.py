@@ -86,10 +86,15 @@ def template_of(
     """
     if adapter is None and not (model / ADAPTER_RECORD).is_file():
         return asked
-    return _recorded_template(asked, adapter or model)
+    return recorded_template(asked, adapter or model)
 
 
-def _recorded_template(asked: PromptTemplate | None, folder: Path) -> PromptTemplate | None:
+def recorded_template(asked: PromptTemplate | None, folder: Path) -> PromptTemplate | None:
+    """Return the template asked for or recorded in a folder; None leaves it to the tokenizer.
+
+    Raises:
+        ModelLoadError: If the record names another template, or cannot be read.
+    """
     record_file = folder / ADAPTER_RECORD
     if not record_file.is_file():
         _warn_once(folder)

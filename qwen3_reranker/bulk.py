@@ -14,6 +14,7 @@ import numpy as np
 
 from . import inputs
 from .errors import DocumentTooLargeError, InputError, NonFiniteScoreError
+from .jobs import rows_by
 from .reranker import Reranker
 
 NEEDED = ("query", "document")
@@ -105,9 +106,7 @@ def _group(
     pairs = inputs.pairs(zip(batch["query"], batch["document"], strict=True))
     given = list(batch["instruction"]) if "instruction" in batch else None
     instructions = inputs.instructions(given, len(pairs))
-    rows: dict[tuple[str | None, str], list[int]] = {}
-    for row, (instruction, (query, _)) in enumerate(zip(instructions, pairs, strict=True)):
-        rows.setdefault((instruction, query), []).append(row)
+    rows = rows_by(zip(instructions, (query for query, _ in pairs), strict=True))
     documents = [[pairs[row][1] for row in group] for group in rows.values()]
     return list(rows), documents, list(rows.values())
 

@@ -30,9 +30,9 @@ _PROBE_QUERY, _PROBE_DOCUMENT = "a", "b"
 _FEWEST_OF_A_TEMPLATE = 16
 _PROBE_WORDS, _FEW_WORDS = 256, 64
 _LEAST = 1e-300  # log-odds of it are finite, and so is their exponential
-_NOT_HERE = frozenset({400, 404, 405, 422})
-"""Statuses of a server that has no such path, or does not understand the shape."""
 _NOT_UNDERSTOOD = frozenset({400, 422})
+_NOT_HERE = _NOT_UNDERSTOOD | {404, 405}
+"""Statuses of a server that has no such path, or does not understand the shape."""
 _Way: TypeAlias = tuple[str, str]
 """Where requests go and what the documents are called there."""
 

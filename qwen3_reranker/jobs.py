@@ -7,7 +7,7 @@ nothing of threads or models.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain
 from time import monotonic
@@ -19,7 +19,21 @@ from .results import RankedDocument, cut_ranking, rank_documents
 from .tokenization import EncodedGroup, PromptTokenizer
 from .windows import Piece, WindowScore, encode_windows, fold
 
+Key = TypeVar("Key")
 Value = TypeVar("Value")
+
+
+def rows_by(keys: Iterable[Key]) -> dict[Key, list[int]]:
+    """Return the rows of each key, in the order in which keys come.
+
+    Example:
+        >>> rows_by(["tea", "rain", "tea"])
+        {'tea': [0, 2], 'rain': [1]}
+    """
+    rows: dict[Key, list[int]] = {}
+    for row, key in enumerate(keys):
+        rows.setdefault(key, []).append(row)
+    return rows
 
 
 @dataclass(frozen=True, slots=True)

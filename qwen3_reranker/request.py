@@ -148,9 +148,7 @@ class Request:
             np.array([self._log_odds[g][d] for g, d in row], np.float32) for row in self._places
         ]
         bad = [
-            self.name(g, int(d))
-            for g, row in enumerate(aligned)
-            for d in np.flatnonzero(~np.isfinite(row))
+            (g, int(d)) for g, row in enumerate(aligned) for d in np.flatnonzero(~np.isfinite(row))
         ]
         if bad:
             again = (
@@ -162,7 +160,7 @@ class Request:
             )
             raise NonFiniteScoreError(
                 f"the model returned NaN or infinity for {len(bad)} documents, the first is "
-                f"{bad[0]}, {again}"
+                f"{self.name(*bad[0])}, {again}"
             )
         return Scores(aligned, self.tokens)
 

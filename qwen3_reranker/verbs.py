@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from . import inputs
 from .errors import Qwen3RerankerError
-from .jobs import Job, Scored, rank_all
+from .jobs import Job, Scored, rank_all, rows_by
 from .results import RankedDocument
 
 
@@ -244,9 +244,7 @@ class BaseReranker(ABC):
     def _job_of_pairs(self, pairs: Any, instruction: Any, timeout_s: Any) -> Job:
         """Check pairs; those of equal queries become one list."""
         checked = inputs.pairs(pairs)
-        rows: dict[str, list[int]] = {}
-        for row, (query, _) in enumerate(checked):
-            rows.setdefault(query, []).append(row)
+        rows = rows_by(query for query, _ in checked)
         documents = [[checked[row][1] for row in places] for places in rows.values()]
         job = self._job(list(rows), documents, inputs.instruction(instruction), timeout_s)
         return replace(job, rows=list(rows.values()))

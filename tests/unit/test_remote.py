@@ -100,6 +100,12 @@ def rank(request: pytest.FixtureRequest) -> Rank:
     return call
 
 
+async def cancel(task: asyncio.Task[Any]) -> None:
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
 def indices(ranking: list[RankedDocument]) -> list[int]:
     return [result.index for result in ranking]
 
@@ -354,9 +360,7 @@ class TestTime:
         with RemoteReranker(server.url, max_in_flight=1, max_documents_per_request=1) as reranker:
             task = asyncio.create_task(reranker.arank(QUERY, DOCUMENTS))
             await asyncio.sleep(0.1)
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
+            await cancel(task)
             await asyncio.sleep(0.5)
         assert len(server.requests) == 1
 
@@ -368,9 +372,7 @@ class TestTime:
             task = asyncio.create_task(reranker.arank(QUERY, DOCUMENTS))
             while not server.requests:
                 await asyncio.sleep(0.01)
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
+            await cancel(task)
             await asyncio.sleep(0.5)
         assert len(server.requests) == 1
 
