@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || echo python3)
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: demo test check distributed oldest newest compat vllm ray ui soak coverage mutation docs gpu clean
+.PHONY: demo test check attack distributed oldest newest compat vllm ray ui soak coverage mutation docs gpu clean
 
 # The main job on a small model that comes as a package: core, LangChain, LlamaIndex.
 demo: .venv/demo
@@ -21,6 +21,10 @@ check: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -m "not gpu"
+
+# Hostile input, crowds and interrupts, each with a bound on time, memory and log.
+attack: .venv/test
+	$(BIN)/python -m pytest -q -m attack tests/attacks
 
 # Training on two processes: DDP, and DeepSpeed, which compiles a part of itself with g++.
 distributed: .venv/test
