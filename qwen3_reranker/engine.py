@@ -10,14 +10,10 @@ the rest of it.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import logging
-import os
 import queue
-import sys
 import threading
-import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, replace
@@ -25,10 +21,13 @@ from time import monotonic
 
 from .errors import ClosedError, OverloadedError, ReentryError
 from .faults import Forwards, Part, Score
+from .futures import LockFreeFuture
+from .owners import refuse_fork, start
 from .packing import Budget, Room
 from .request import Name, Progress, Request, ScoresFuture, place_of
 from .score_cache import ScoreCache
 from .tokenization import EncodedGroup
+from .turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +67,10 @@ class Engine:
             their heads is in the row.
         max_cached_scores: Scores kept for prompts that come again; 0 keeps none.
         max_waiting: Requests that may wait; one more is refused.
+
+    Attributes:
+        turns: Where calls are encoded before; ends with the engine.
+        thread: The owner.
     """
 
     def __init__(
@@ -90,11 +93,9 @@ class Engine:
         self._max_waiting = max_waiting
         self._observers: list[Callable[[PackRecord], object]] = []
         self._is_closed = False
-        self._owner = threading.Thread(target=self._run, name="qwen3-reranker", daemon=True)
-        self._owner.start()
-        claim_process()
-        _engines.add(self)
-        _owners.add(self._owner)
+        self.turns = Turns()
+        self.thread = threading.Thread(target=self._run, name="qwen3-reranker", daemon=True)
+        start(self)
 
     def submit(
         self,
@@ -102,6 +103,7 @@ class Engine:
         *,
         name: Name = place_of,
         progress: Progress | None = None,
+        on_done: Callable[[], object] | None = None,
     ) -> ScoresFuture:
         """Queue groups for scoring.
 
@@ -109,29 +111,41 @@ class Engine:
             groups: Heads and documents.
             name: How errors call a document.
             progress: Told of scored documents.
+            on_done: Called once there is a result or an error, by whichever thread makes it.
 
         Raises:
             OverloadedError: If too many requests wait already.
             ClosedError: If the engine is closed, or the process was forked after it was made.
             ReentryError: If the caller is this engine's own thread, which would wait for itself.
         """
-        refuse_fork()
-        if threading.current_thread() is self._owner:
-            raise ReentryError(
-                "the reranker was called from a callback of its own scoring thread, which would "
-                "wait for itself. Call it from another thread."
-            )
+        self.refuse_reentry()
         if self._waiting.qsize() + len(self._active) > self._max_waiting:
             raise OverloadedError(
                 f"{self._max_waiting} calls wait already. Try again later, or send fewer at a time."
             )
-        request = Request(groups, progress, name=name)
+        request = Request(groups, progress, LockFreeFuture(on_done), name=name)
+        future = request.future  # the request lets go of it at its end
         if not self._is_closed:
             self._waiting.put(request)
         # Closed meanwhile: the owner may have gone without it.
-        if self._is_closed and request.future.cancel():
-            raise ClosedError("the reranker is closed. Make a new one.")
-        return request.future
+        closed = ClosedError("the reranker is closed. Make a new one.")
+        if self._is_closed and future.set_exception(closed):
+            raise closed
+        return future
+
+    def refuse_reentry(self) -> None:
+        """Refuse a caller who would wait for ever.
+
+        Raises:
+            ClosedError: If the process was forked after the engine was made.
+            ReentryError: If the caller is this engine's own thread, which would wait for itself.
+        """
+        refuse_fork()
+        if threading.current_thread() is self.thread:
+            raise ReentryError(
+                "the reranker was called from a callback of its own scoring thread, which would "
+                "wait for itself. Call it from another thread."
+            )
 
     def observe(self, observer: Callable[[PackRecord], object]) -> None:
         """Call this after every forward, from the owner thread; it must be quick."""
@@ -140,14 +154,16 @@ class Engine:
     def stop(self) -> None:
         """Fail what waits and let the thread end after the forward in flight, unawaited."""
         self._is_closed = True
+        self.turns.stop()
         self._fail_waiting()
         self._waiting.put(None)
 
     def close(self) -> None:
         """Stop the thread and wait for its end; requests not yet scored fail."""
         self.stop()
-        if threading.current_thread() is not self._owner:
-            self._owner.join()
+        if threading.current_thread() is not self.thread:
+            self.thread.join()
+            self.turns.thread.join()
 
     def _run(self) -> None:
         is_open = True
@@ -174,7 +190,7 @@ class Engine:
         with contextlib.suppress(queue.Empty):
             while True:
                 request = self._waiting.get_nowait()
-                if request is not None and request.future.set_running_or_notify_cancel():
+                if request is not None:
                     request.future.set_exception(
                         ClosedError("the reranker was closed while this call waited.")
                     )
@@ -189,7 +205,7 @@ class Engine:
                 if self._is_closed:
                     self._waiting.put(request)
                     return False
-                if request.future.set_running_or_notify_cancel():
+                if not request.future.is_abandoned:
                     self._active.append(request)
                     request.served = self._clock
                     self._advance(request, request.begin(self._known))
@@ -223,7 +239,7 @@ class Engine:
 
     def _compose(self) -> list[Part]:
         """Fill a pack with the documents of whoever was served least."""
-        for request in [r for r in self._active if r.future.abandoned.is_set()]:
+        for request in [r for r in self._active if r.future.is_abandoned]:
             self._fail(request, CancelledError())
         room, parts = Room(self._forwards.budget), []
         for request in sorted(self._active, key=lambda r: (r.served, not r.is_new)):
@@ -261,7 +277,7 @@ class Engine:
         request.future.set_exception(error)
         # The error's traceback leads to frames that hold the request: without the future there is
         # no cycle, and what a failed forward left behind is freed at once.
-        request.future = ScoresFuture()
+        request.future = LockFreeFuture()
 
     def _end(self, request: Request) -> None:
         request.is_over = True
@@ -271,46 +287,5 @@ class Engine:
         for observer in self._observers:
             try:
                 observer(record)
-            except Exception as error:
+            except BaseException as error:  # SystemExit, too, is no other caller's business
                 logger.warning("An observer of the reranker raised %s.", type(error).__name__)
-
-
-_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
-_owners: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
-_loaded_in: set[int] = set()
-"""Ids of the processes in which a model was loaded; a fork copies them."""
-
-
-@atexit.register
-def _await_owners() -> None:
-    # The owner may hold the last reference to the weights. A thread that frees tensors while the
-    # interpreter shuts down aborts the process.
-    try:
-        for engine in list(_engines):
-            engine.stop()
-        for owner in list(_owners):
-            owner.join()
-    except KeyboardInterrupt:  # not even the forward in flight is to be waited for
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(Exception):
-                stream.flush()
-        os._exit(130)
-
-
-def claim_process() -> None:
-    """Note that this process loads a model; call it before, as the fork may come meanwhile."""
-    _loaded_in.add(os.getpid())
-
-
-def refuse_fork() -> None:
-    """Refuse to score in a child process of one that has loaded a model.
-
-    Raises:
-        ClosedError: If this process was forked after it began to load a model.
-    """
-    if _loaded_in and os.getpid() not in _loaded_in:
-        raise ClosedError(
-            "a model was loaded before this process was forked from its parent; torch's threads "
-            "do not exist here and a forward would hang. Load no model before the fork, or start "
-            "processes by spawn."
-        )

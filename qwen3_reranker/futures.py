@@ -54,18 +54,21 @@ class LockFreeFuture(Generic[Result]):
             TimeoutError: If there is none by then.
             BaseException: What `set_exception` was given.
         """
-        if not self._is_done:
-            try:
-                self._arrived.get(timeout=timeout_s)
-            except queue.Empty:
-                raise TimeoutError from None
-            self._arrived.put(None)  # for whoever asks again
-        if self._error is not None:
+        self._wait(timeout_s)
+        if self._error is None:
+            return self._result  # type: ignore[return-value]
+        try:
             raise self._error
-        return self._result  # type: ignore[return-value]
+        finally:
+            del self  # or the error's traceback would lead back to it
 
-    def exception(self) -> BaseException | None:
-        """Return the error of a future that is done, None if it has a result."""
+    def exception(self, timeout_s: float | None = None) -> BaseException | None:
+        """Wait for the end and return its error, None if it is a result.
+
+        Raises:
+            TimeoutError: As `result`.
+        """
+        self._wait(timeout_s)
         return self._error
 
     def set_result(self, result: Result) -> bool:
@@ -87,3 +90,12 @@ class LockFreeFuture(Generic[Result]):
         if self._on_done is not None:
             self._on_done()
         return True
+
+    def _wait(self, timeout_s: float | None) -> None:
+        if self._is_done:
+            return
+        try:
+            self._arrived.get(timeout=timeout_s)
+        except queue.Empty:
+            raise TimeoutError from None
+        self._arrived.put(None)  # for whoever asks again

@@ -16,8 +16,9 @@ from typing import TypeVar
 from .calibration import UNCALIBRATED, Calibration
 from .errors import InputError
 from .results import RankedDocument, cut_ranking, rank_documents
+from .steps import Steps, finish
 from .tokenization import EncodedGroup, PromptTokenizer
-from .windows import Piece, WindowScore, encode_windows, fold
+from .windows import Piece, WindowScore, fold, window_steps
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -98,11 +99,13 @@ class Limits:
         max_length: Tokens per pair, prompt included.
         window_score: How the scores of a long document's windows become one; None cuts its end.
         max_windows: Windows of one document; None for all.
+        max_document_tokens: Tokens of a document; the rest is not read. None for all.
     """
 
     max_length: int
     window_score: WindowScore | None = None
     max_windows: int | None = None
+    max_document_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,21 +167,21 @@ def encode_job(job: Job, tokenizer: PromptTokenizer, limits: Limits) -> EncodedJ
     Raises:
         InputError: If instruction and query leave no room for a document; it names the query.
     """
+    return finish(encode_steps(job, tokenizer, limits))
+
+
+def encode_steps(job: Job, tokenizer: PromptTokenizer, limits: Limits) -> Steps[EncodedJob]:
+    """Do what `encode_job` does, some documents to a step.
+
+    Raises:
+        InputError: As `encode_job`.
+    """
     encoded = EncodedJob([], [], [])
     for i, query in enumerate(job.queries):
-        prompt = (job.instructions[i], query, job.documents[i])
         try:
-            if limits.window_score is None:
-                group = tokenizer.encode_group(*prompt, max_length=limits.max_length)
-                pieces: list[list[Piece] | None] = [None] * len(group.documents)
-                truncated = group.truncated
-            else:
-                group, pieces, truncated = encode_windows(
-                    tokenizer,
-                    *prompt,
-                    max_length=limits.max_length,
-                    max_windows=limits.max_windows,
-                )
+            group, pieces, truncated = yield from _group_steps(
+                tokenizer, limits, job.instructions[i], query, job.documents[i]
+            )
         except InputError as error:
             if len(job.queries) == 1 and job.rows is None:
                 raise
@@ -187,6 +190,42 @@ def encode_job(job: Job, tokenizer: PromptTokenizer, limits: Limits) -> EncodedJ
         encoded.pieces.append(pieces)
         encoded.truncated.append(truncated)
     return encoded
+
+
+def _group_steps(
+    tokenizer: PromptTokenizer,
+    limits: Limits,
+    instruction: str | None,
+    query: str,
+    documents: Sequence[str],
+) -> Steps[tuple[EncodedGroup, list[list[Piece] | None], list[bool]]]:
+    """Encode a query with its documents, cut, whole or in windows as the limits say."""
+    texts = documents
+    if limits.max_document_tokens is not None:
+        texts = []
+        for document in documents:
+            texts.append((yield from tokenizer.cut_steps(document, limits.max_document_tokens)))
+    if limits.window_score is None:
+        group = yield from tokenizer.group_steps(
+            instruction, query, texts, max_length=limits.max_length
+        )
+        pieces: list[list[Piece] | None] = [None] * len(texts)
+        truncated = group.truncated
+    else:
+        group, pieces, truncated = yield from window_steps(
+            tokenizer,
+            instruction,
+            query,
+            texts,
+            max_length=limits.max_length,
+            max_windows=limits.max_windows,
+        )
+    if texts is not documents:
+        truncated = [
+            is_cut or text is not document
+            for is_cut, text, document in zip(truncated, texts, documents, strict=True)
+        ]
+    return group, pieces, truncated
 
 
 def align(

@@ -6,16 +6,16 @@ complete. Knows nothing of packs in flight, threads or faults.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from time import monotonic
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import NonFiniteScoreError
+from .futures import LockFreeFuture
 from .packing import Group, Line, Seat, merge_duplicates
 from .score_cache import ScoreCache
 from .tokenization import EncodedGroup
@@ -45,17 +45,7 @@ class Scores:
     tokens: int
 
 
-class ScoresFuture(Future[Scores]):
-    """A request's result; abandoning it stops the work even between packs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.abandoned = threading.Event()
-
-    def abandon(self) -> None:
-        """Drop the request if it waits, or after the forward in flight if it runs."""
-        self.abandoned.set()
-        self.cancel()
+ScoresFuture: TypeAlias = LockFreeFuture[Scores]
 
 
 @dataclass(slots=True, eq=False)
@@ -81,7 +71,7 @@ class Request:
 
     encoded: Sequence[EncodedGroup]
     progress: Progress | None
-    future: ScoresFuture = field(default_factory=ScoresFuture)
+    future: ScoresFuture = field(default_factory=LockFreeFuture)
     arrived: float = field(default_factory=monotonic)
     served: float = 0.0
     tokens: int = 0

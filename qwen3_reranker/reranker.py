@@ -10,7 +10,7 @@ import asyncio
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,13 +19,13 @@ from .calibration import UNCALIBRATED, Calibration, calibration_of
 from .embedded import EMBEDDED
 from .engine import Engine, PackRecord
 from .errors import ClosedError, InputError
-from .jobs import EncodedJob, Job, Limits, Scored, align, encode_job
+from .jobs import EncodedJob, Job, Limits, Scored, align, encode_steps
 from .prompt import PromptTemplate
 from .request import Scores
 from .results import Usage
 from .runtime import Runtime
-from .verbs import BaseReranker
-from .waiting import await_scores, wait
+from .verbs import BaseReranker, off_loop
+from .waiting import await_scores, await_until, wait, wait_until
 from .windows import WindowScore
 
 if TYPE_CHECKING:
@@ -210,6 +210,16 @@ class Reranker(BaseReranker):
         """Free the model unless others share it; calls still waiting then get a `ClosedError`."""
         self._runtime = None
 
+    def limited_to(self, max_tokens_per_doc: int | None) -> Self:
+        """Return another reranker of the same weights that reads so many tokens of a document.
+
+        Args:
+            max_tokens_per_doc: Tokens of a document, without the prompt; None sets no such limit.
+        """
+        twin = self.__copy__()
+        twin._limits = replace(self._limits, max_document_tokens=max_tokens_per_doc)
+        return twin
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._model!r})"
 
@@ -226,7 +236,9 @@ class Reranker(BaseReranker):
             type(self).shared,
             instruction=self._instruction,
             calibration=self._calibration,
-            **asdict(self._limits),
+            max_length=self._limits.max_length,
+            window_score=self._limits.window_score,
+            max_windows=self._limits.max_windows,
             **settings,
         )
         return rebuild, ()
@@ -247,26 +259,32 @@ class Reranker(BaseReranker):
     def _score(self, job: Job) -> Scored:
         if not job.num_documents:
             return Scored.empty(job)
-        encoded, engine = self._encode(job)
+        loaded, engine = self._load()
+        engine.refuse_reentry()
+        steps = encode_steps(job, loaded.tokenizer, self._fitting_limits(loaded))
+        encoded = wait_until(job, partial(engine.turns.submit, steps))
         return self._count(job, encoded, wait(engine, encoded, job))
 
     async def _ascore(self, job: Job) -> Scored:
         if not job.num_documents:
             return Scored.empty(job)
-        # Encoding a long text takes a while and loading a model longer: neither on the loop.
-        encoded, engine = await asyncio.to_thread(self._encode, job)
-        return self._count(job, encoded, await await_scores(engine, encoded, job))
+        # To load a model takes a while, and so do the texts of a large call: not on the loop.
+        is_loaded = self._open_runtime().is_loaded
+        loaded, engine = self._load() if is_loaded else await asyncio.to_thread(self._load)
+        engine.refuse_reentry()
+        steps = encode_steps(job, loaded.tokenizer, self._fitting_limits(loaded))
+        encoded = await await_until(job, partial(engine.turns.submit, steps))
+        scores = await await_scores(engine, encoded, job)
+        return await off_loop(job, self._count, job, encoded, scores)
 
-    def _encode(self, job: Job) -> tuple[EncodedJob, Engine]:
-        loaded, engine = self._load()
+    def _fitting_limits(self, loaded: LoadedModel) -> Limits:
         longest, limit = self._limits.max_length, loaded.max_positions
         if longest > limit and longest != DEFAULT_MAX_LENGTH:
             raise InputError(
                 f"max_length must be at most {limit} for this model, got {longest}. It has no "
                 "positions beyond."
             )
-        limits = replace(self._limits, max_length=min(longest, limit))
-        return encode_job(job, loaded.tokenizer, limits), engine
+        return replace(self._limits, max_length=min(longest, limit))
 
     def _count(self, job: Job, encoded: EncodedJob, scores: Scores) -> Scored:
         with self._usage_lock:

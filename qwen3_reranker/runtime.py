@@ -9,7 +9,8 @@ import threading
 import weakref
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .engine import Engine, claim_process, refuse_fork
+from .engine import Engine
+from .owners import claim_process, refuse_fork
 from .prompt import PromptTemplate
 
 if TYPE_CHECKING:
@@ -36,6 +37,11 @@ class Runtime:
         with self._shared_lock:
             return self._shared.setdefault(tuple(sorted(self.settings.items())), self)
 
+    @property
+    def is_loaded(self) -> bool:
+        """Whether `load` returns at once."""
+        return self._loaded is not None
+
     def load(self) -> tuple[LoadedModel, Engine]:
         """Return model and engine; concurrent first calls load once.
 
@@ -44,6 +50,8 @@ class Runtime:
             ClosedError: If this process was forked from one that had loaded a model.
         """
         refuse_fork()  # before the lock, which a fork may have copied while it was held
+        if self._loaded is not None:
+            return self._loaded
         with self._lock:
             if self._loaded is None:
                 claim_process()

@@ -12,7 +12,6 @@ import ipaddress
 import logging
 import os
 from collections.abc import Coroutine
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,7 +42,6 @@ from .protocol import (
     tei_answer,
 )
 from .reranker import Reranker
-from .results import RankedDocument
 
 logger = logging.getLogger(__name__)
 
@@ -93,8 +91,11 @@ class Service:
         if documents is None:
             raise InputError("documents are missing. Send a list of texts as 'documents'.")
         self._check_count(len(documents))
-        twin = copy.copy(self._reranker)  # the same weights, a usage of its own
-        ranking = await self._rank(twin, body, documents)
+        # The same weights, a usage of its own.
+        twin = self._reranker.limited_to(body.max_tokens_per_doc)
+        ranking = await twin.arank(
+            body.query, documents, instruction=body.instruction, top_n=body.top_n
+        )
         if body.texts is not None:
             return tei_answer(body, documents, ranking)
         return jina_answer(
@@ -118,33 +119,6 @@ class Service:
                 "Send one text_1 for all, or one for each text_2."
             )
         return score_answer(scores, model=self.name, prompt_tokens=twin.usage.prompt_tokens)
-
-    async def _rank(
-        self, reranker: Reranker, body: RerankRequest, documents: list[str]
-    ) -> list[RankedDocument]:
-        if body.max_tokens_per_doc is None or not documents:
-            return await reranker.arank(
-                body.query, documents, instruction=body.instruction, top_n=body.top_n
-            )
-        texts = await asyncio.to_thread(self._cut, documents, body.max_tokens_per_doc)
-        ranking = await reranker.arank(
-            body.query, texts, instruction=body.instruction, top_n=body.top_n
-        )
-        return [
-            replace(
-                result,
-                truncated=result.truncated or len(result.document) < len(documents[result.index]),
-            )
-            for result in ranking
-        ]
-
-    def _cut(self, documents: list[str], max_tokens: int) -> list[str]:
-        tokenizer = self._reranker.loaded.tokenizer
-        spans = [tokenizer.token_spans(document) for document in documents]
-        return [
-            document if len(span) <= max_tokens else document[: span[max_tokens - 1][1]]
-            for document, span in zip(documents, spans, strict=True)
-        ]
 
     def _check_count(self, count: int) -> None:
         if count > self._limits.documents:

@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from functools import cache
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +27,7 @@ from tokenizers import Tokenizer
 from .errors import InputError, ModelLoadError
 from .inputs import repaired
 from .prompt import CHATML, QWEN3_RERANKER, PromptTemplate
+from .steps import Steps, finish
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +40,14 @@ TokenIds: TypeAlias = NDArray[np.int32]
 _CHARS_PER_TOKEN = 6
 _GROWTH = 4
 _MARGIN = 64
-# Documents per call of the tokenizer: its `Encoding` objects are about 100 bytes a token.
+# A query too long by so many tokens at most is counted to its end, to tell how much too long it is.
+_COUNTED = 8192
+# Texts per call of the tokenizer, by number and by characters. Its `Encoding` objects are about 100
+# bytes a token, and another caller waits for a call's end: 64,000 characters take some 30 ms.
 _CHUNK = 256
+_CHUNK_CHARS = 64_000
+# Where tokens of a whole long document are looked up, characters per call.
+_SPAN_CHARS = 128_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,20 +70,21 @@ class EncodedGroup:
 
 
 class TokenSpans(Sequence[tuple[int, int]]):
-    """(start, stop) in characters of each token of a document, looked up one by one.
+    """(start, stop) in characters of each token of a document.
 
-    All at once they would hold the interpreter, 200 ms for a million characters of Chinese.
+    Args:
+        bounds: Shape (tokens, 2).
     """
 
-    def __init__(self, encoding: Any) -> None:
-        self._encoding = encoding  # of the document behind a space
+    def __init__(self, bounds: NDArray[np.int64]) -> None:
+        self._bounds = bounds
 
     def __len__(self) -> int:
-        return len(self._encoding)
+        return len(self._bounds)
 
     def __getitem__(self, i: int) -> tuple[int, int]:  # type: ignore[override]
-        start, stop = self._encoding.token_to_chars(range(len(self))[i])
-        return max(start - 1, 0), max(stop - 1, 0)
+        start, stop = self._bounds[i].tolist()
+        return start, stop
 
 
 class PromptTokenizer:
@@ -131,61 +142,113 @@ class PromptTokenizer:
         Raises:
             InputError: If instruction and query leave no room for a document.
         """
+        return finish(self.group_steps(instruction, query, documents, max_length=max_length))
+
+    def group_steps(
+        self, instruction: str | None, query: str, documents: Sequence[str], *, max_length: int
+    ) -> Steps[EncodedGroup]:
+        """Do what `encode_group` does, some documents to a step.
+
+        Of a text no more is read than can fit: a few characters for each token there is room for,
+        whatever its length.
+
+        Raises:
+            InputError: As `encode_group`.
+        """
         if instruction is None:
             instruction = self.template.default_instruction
-        texts, repaired = _repair_surrogates([instruction, query, *documents])
-        own = self._encode(self.template.head(*texts[:2]))
-        head = np.concatenate([self.prefix, own])
-        shared = _common_length(own, self._encode(self.template.beginning(texts[0])))
+        texts, repaired = _repair_surrogates([instruction, query])
+        ids, is_cut = yield from self._beginnings(
+            [self.template.head(*texts)], max_length + _COUNTED
+        )
+        head = np.concatenate([self.prefix, ids[0]])
         room = max_length - len(head) - len(self.suffix)
         if room < 1:
+            least = "more than " if is_cut[0] else ""
             raise InputError(
-                f"query and instruction take {len(head) + len(self.suffix)} tokens with the "
+                f"query and instruction take {least}{len(head) + len(self.suffix)} tokens with the "
                 f"prompt, but max_length is {max_length}; they are never cut. Shorten them or "
                 "raise max_length."
             )
-        bodies, truncated = self._encode_beginnings([" " + text for text in texts[2:]], room)
+        shared = _common_length(ids[0], self._encode(self.template.beginning(texts[0])))
+        encoded, truncated = [], []
+        for chunk in _chunks(documents, self._first_chars(room)):
+            fixed, count = _repair_surrogates([documents[i] for i in chunk])
+            repaired += count
+            bodies, cut = yield from self._beginnings([" " + text for text in fixed], room)
+            encoded += [np.concatenate([body, self.suffix]) for body in bodies]
+            truncated += cut
         if repaired:
             logger.warning("Lone surrogates replaced by U+FFFD; texts concerned: %d.", repaired)
         return EncodedGroup(
-            head,
-            [np.concatenate([body, self.suffix]) for body in bodies],
-            truncated,
-            repaired,
-            num_shared=len(self.prefix) + shared,
+            head, encoded, truncated, repaired, num_shared=len(self.prefix) + shared
         )
 
-    def token_spans(self, document: str) -> TokenSpans:
-        """Return where the tokens of a document lie in it."""
+    def cut_steps(self, document: str, max_tokens: int) -> Steps[str]:
+        """Return a document without what is past its first tokens; only its beginning is read."""
+        (text,), _ = _repair_surrogates([document])
+        num_chars = self._first_chars(max_tokens)
+        while True:
+            part = _beginning(text, num_chars)
+            spans = yield from self.span_steps(part)
+            if len(part) == len(text) or len(spans) >= max_tokens + _MARGIN:
+                break
+            num_chars *= _GROWTH
+        return document if len(spans) <= max_tokens else part[: spans[max_tokens - 1][1]]
+
+    def span_steps(self, document: str) -> Steps[TokenSpans]:
+        """Return where the tokens of a document lie in it.
+
+        A document longer than 128,000 characters is read part by part; where two parts meet, a
+        token may be split in two.
+        """
         (text,), _ = _repair_surrogates([" " + document])
-        (encoding,) = self._plain.encode_batch([text], add_special_tokens=False)
-        return TokenSpans(encoding)
+        found, start = [], 0
+        while start < len(text):
+            part = text[start : start + _SPAN_CHARS]
+            (encoding,) = self._plain.encode_batch([part], add_special_tokens=False)
+            found.append(np.array(encoding.offsets, np.int64).reshape(-1, 2) + start)
+            start += len(part)
+            yield len(part)
+        # One less: the text stands behind a space.
+        return TokenSpans(np.maximum(np.concatenate(found) - 1, 0))
+
+    def token_spans(self, document: str) -> TokenSpans:
+        """Do what `span_steps` does at once."""
+        return finish(self.span_steps(document))
 
     def _encode(self, text: str) -> TokenIds:
         (encoding,) = self._plain.encode_batch_fast([text], add_special_tokens=False)
         return _ids(encoding)
 
-    def _encode_beginnings(
+    def _first_chars(self, limit: int) -> int:
+        """Return how many characters of a text are read first, for so many tokens."""
+        return _CHARS_PER_TOKEN * (limit + _MARGIN)
+
+    def _beginnings(
         self, texts: Sequence[str], limit: int
-    ) -> tuple[list[TokenIds], list[bool]]:
+    ) -> Steps[tuple[list[TokenIds], list[bool]]]:
         """Encode each text, keeping at most its first `limit` ids; say which were cut."""
         ids: list[TokenIds] = [np.empty(0, np.int32)] * len(texts)
         truncated = [False] * len(texts)
-        waiting = list(range(len(texts)))
-        num_chars = _CHARS_PER_TOKEN * (limit + _MARGIN)
+        waiting: Sequence[int] = range(len(texts))
+        num_chars = self._first_chars(limit)
         while waiting:
             unfinished = []
-            for chunk in _chunks(waiting):
-                parts = [_beginning(texts[i], num_chars) for i in chunk]
+            for chunk in _chunks([texts[i] for i in waiting], num_chars):
+                rows = [waiting[i] for i in chunk]
+                parts = [_beginning(texts[i], num_chars) for i in rows]
                 # encode_batch_fast releases the GIL; encode holds it for the whole text.
                 encodings = self._plain.encode_batch_fast(parts, add_special_tokens=False)
-                for i, part, encoding in zip(chunk, parts, encodings, strict=True):
-                    is_whole = len(part) == len(texts[i])
+                for i, encoding in zip(rows, encodings, strict=True):
+                    is_whole = len(texts[i]) <= num_chars
                     if not is_whole and len(encoding) < limit + _MARGIN:
                         unfinished.append(i)
                         continue
                     truncated[i] = len(encoding) > limit
                     ids[i] = _ids(encoding, limit)
+                del encodings
+                yield sum(map(len, parts))
             waiting = unfinished
             num_chars *= _GROWTH
         return ids, truncated
@@ -254,18 +317,54 @@ def _common_length(a: TokenIds, b: TokenIds) -> int:
     return int(differ[0]) if len(differ) else shortest
 
 
-def _chunks(items: Sequence[int]) -> Iterator[Sequence[int]]:
-    return (items[start : start + _CHUNK] for start in range(0, len(items), _CHUNK))
+def _chunks(texts: Sequence[str], num_chars: int) -> Iterator[range]:
+    """Yield the places of texts that are encoded at once, if so much is read of each."""
+    start = read = 0
+    for place, text in enumerate(texts):
+        length = min(len(text), num_chars)
+        if place > start and (place - start == _CHUNK or read + length > _CHUNK_CHARS):
+            yield range(start, place)
+            start, read = place, 0
+        read += length
+    if start < len(texts):
+        yield range(start, len(texts))
 
 
 def _beginning(text: str, num_chars: int) -> str:
-    """Return at least the first `num_chars` characters, never ending inside combining marks.
+    """Return what the first ids of a text are made of: its first `num_chars` characters or more.
 
-    NFC sorts a run of marks as a whole, so a run cut in two would change even its first ids.
+    NFC sorts a run of combining marks as a whole, by their class, so a run cut in two would change
+    even its first ids. Of a run that goes on past the end, as many marks of each class are kept as
+    could be read: those behind them have none that they could move in front of.
     """
-    while num_chars < len(text) and unicodedata.combining(text[num_chars]):
-        num_chars += 1
-    return text[:num_chars]
+    if num_chars >= len(text) or not unicodedata.combining(text[num_chars]):
+        return text[:num_chars]
+    first = num_chars
+    while first and unicodedata.combining(text[first - 1]):
+        first -= 1
+    kept: list[str] = []
+    start = first
+    counts: Counter[int] = Counter()
+    while start < len(text):  # a window at a time: a run of millions takes milliseconds
+        window = text[start : start + _CHUNK_CHARS]
+        kinds = _combining_classes()[np.frombuffer(window.encode("utf-32-le"), np.uint32)]
+        ends = np.flatnonzero(kinds == 0)
+        kinds = kinds[: ends[0]] if len(ends) else kinds
+        places = [np.empty(0, np.int64)]
+        for kind in np.unique(kinds).tolist():
+            places.append(np.flatnonzero(kinds == kind)[: num_chars - counts[kind]])
+            counts[kind] += len(places[-1])
+        kept += [window[place] for place in np.sort(np.concatenate(places)).tolist()]
+        if len(ends):
+            break
+        start += len(window)
+    return text[:first] + "".join(kept)
+
+
+@cache
+def _combining_classes() -> NDArray[np.uint8]:
+    """Return the canonical combining class of each code point; 0 is no combining mark."""
+    return np.array([unicodedata.combining(chr(i)) for i in range(sys.maxunicode + 1)], np.uint8)
 
 
 def _repair_surrogates(texts: Sequence[str]) -> tuple[list[str], int]:

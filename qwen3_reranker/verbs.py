@@ -5,17 +5,23 @@ Decides what a call accepts and returns. Knows nothing of models and connections
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from time import monotonic
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from . import inputs
 from .errors import Qwen3RerankerError
 from .jobs import Job, Scored, rank_all, rows_by
 from .results import RankedDocument
+
+_FEW = 1000
+"""Documents whose results are put together in some 5 ms."""
+
+Result = TypeVar("Result")
 
 
 class BaseReranker(ABC):
@@ -62,8 +68,8 @@ class BaseReranker(ABC):
             instruction: Task sentence of this call.
             top_n: Keep this many; None keeps all.
             score_threshold: Keep only documents with at least this score.
-            timeout_s: Seconds after which the call gives up once the model is loaded and the texts
-                are encoded; work not yet begun is dropped.
+            timeout_s: Seconds after which the call gives up, once the model is loaded; work not yet
+                begun is dropped.
 
         Raises:
             InputError: If an argument cannot be used; nothing has been scored then.
@@ -100,7 +106,8 @@ class BaseReranker(ABC):
         job = self._job([query], [documents], inputs.instruction(instruction), timeout_s)
         inputs.cut(top_n, score_threshold)
         try:
-            (ranked,) = rank_all(job, await self._ascore(job), top_n, score_threshold)
+            scored = await self._ascore(job)
+            (ranked,) = await off_loop(job, rank_all, job, scored, top_n, score_threshold)
         except Qwen3RerankerError as error:
             rankings = self._unranked(job, error)
             if rankings is None:
@@ -175,7 +182,8 @@ class BaseReranker(ABC):
             Qwen3RerankerError: As `rank`.
         """
         job = self._job([query], [documents], inputs.instruction(instruction), timeout_s)
-        return (await self._ascore(job)).probabilities
+        scored = await self._ascore(job)
+        return await off_loop(job, lambda: scored.probabilities)
 
     def score_pairs(
         self,
@@ -205,7 +213,8 @@ class BaseReranker(ABC):
             Qwen3RerankerError: As `rank`.
         """
         job = self._job_of_pairs(pairs, instruction, timeout_s)
-        return job.in_rows((await self._ascore(job)).scores)
+        scored = await self._ascore(job)
+        return await off_loop(job, lambda: job.in_rows(scored.scores))
 
     def __enter__(self) -> Self:
         return self
@@ -252,3 +261,10 @@ class BaseReranker(ABC):
     def _unranked(self, job: Job, error: Qwen3RerankerError) -> list[list[RankedDocument]] | None:
         """Return what stands in for rankings that failed; None lets the error through."""
         return None
+
+
+async def off_loop(job: Job, work: Callable[..., Result], *arguments: Any) -> Result:
+    """Do work on all documents of a job, in a thread where the event loop would feel it."""
+    if job.num_documents <= _FEW:
+        return work(*arguments)
+    return await asyncio.to_thread(work, *arguments)

@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import Literal, TypeAlias
 
 from .inputs import repaired
+from .steps import Steps
 from .tokenization import EncodedGroup, PromptTokenizer
 
 WindowScore: TypeAlias = Literal["max", "mean"]
@@ -27,7 +28,7 @@ Piece: TypeAlias = tuple[int, int]
 """Start and stop in characters of a document."""
 
 
-def encode_windows(
+def window_steps(
     tokenizer: PromptTokenizer,
     instruction: str | None,
     query: str,
@@ -35,8 +36,8 @@ def encode_windows(
     *,
     max_length: int,
     max_windows: int | None,
-) -> tuple[EncodedGroup, list[list[Piece] | None], list[bool]]:
-    """Encode a query and its documents, long ones as windows.
+) -> Steps[tuple[EncodedGroup, list[list[Piece] | None], list[bool]]]:
+    """Encode a query and its documents, long ones as windows, in steps.
 
     Args:
         tokenizer: Encodes prompts.
@@ -53,7 +54,7 @@ def encode_windows(
     Raises:
         InputError: If instruction and query leave no room for a document.
     """
-    whole = tokenizer.encode_group(instruction, query, documents, max_length=max_length)
+    whole = yield from tokenizer.group_steps(instruction, query, documents, max_length=max_length)
     if not any(whole.truncated):
         return whole, [None] * len(documents), whole.truncated
     room = max_length - len(whole.head) - len(tokenizer.suffix)
@@ -64,10 +65,10 @@ def encode_windows(
             ids.append(whole.documents[i])
             continue
         text = repaired(document)
-        found = _windows(tokenizer, text, room)
+        found = yield from _windows(tokenizer, text, room)
         kept = found[:max_windows]
         texts = [text[start:stop] for start, stop in kept]
-        windows = tokenizer.encode_group(instruction, query, texts, max_length=max_length)
+        windows = yield from tokenizer.group_steps(instruction, query, texts, max_length=max_length)
         ids += windows.documents
         truncated[i] = len(kept) < len(found) or _loses_text(tokenizer, kept, texts, windows, room)
         places = _places(document, text)
@@ -75,13 +76,13 @@ def encode_windows(
     return replace(whole, documents=ids, truncated=[False] * len(ids)), pieces, truncated
 
 
-def _windows(tokenizer: PromptTokenizer, document: str, room: int) -> list[Piece]:
+def _windows(tokenizer: PromptTokenizer, document: str, room: int) -> Steps[list[Piece]]:
     """Return windows of which the last is read to its end.
 
     A piece that begins inside of a document takes a token or two more than it did there. What that
     cuts off a window is in the next one, but for the last.
     """
-    spans = tokenizer.token_spans(document)
+    spans = yield from tokenizer.span_steps(document)
     for slack in range(_OVERLAP):
         found = split(spans, max(room - slack, 1))
         found[-1] = (found[-1][0], len(document))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qwen3_reranker.packing import Pack
-from qwen3_reranker.request import Scores
+from qwen3_reranker.request import ScoresFuture
 from qwen3_reranker.tokenization import EncodedGroup
 
 Score = Callable[[Pack], NDArray[np.float32]]
@@ -31,7 +30,7 @@ def last_id(pack: Pack) -> NDArray[np.float32]:
     return np.array(last_ids(pack), np.float32)
 
 
-def log_odds(future: Future[Scores]) -> list[list[float]]:
+def log_odds(future: ScoresFuture) -> list[list[float]]:
     return [row.tolist() for row in future.result(TIMEOUT_S).log_odds]
 
 

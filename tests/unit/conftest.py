@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import pytest
 from qwen3_reranker import Reranker
 from qwen3_reranker.engine import Engine
 from qwen3_reranker.packing import Budget
-from qwen3_reranker.request import Scores
+from qwen3_reranker.request import ScoresFuture
 from tests import fakes
 from tests.engines import TIMEOUT_S, Gate, Score, group
 
@@ -51,7 +50,7 @@ def gate() -> Iterator[Gate]:
 
 
 @pytest.fixture
-def gated(gate: Gate, make: Callable[..., Engine]) -> tuple[Engine, Future[Scores]]:
+def gated(gate: Gate, make: Callable[..., Engine]) -> tuple[Engine, ScoresFuture]:
     """Return an engine whose first request, of document 100, is held in its forward."""
     engine = make(gate, max_waiting=3)
     first = engine.submit([group(100)])

@@ -8,18 +8,16 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from qwen3_reranker import ClosedError
-from qwen3_reranker import engine as engine_module
+from qwen3_reranker import ClosedError, owners
 from qwen3_reranker.engine import Engine
 from qwen3_reranker.packing import Budget, Pack
-from qwen3_reranker.request import Scores
+from qwen3_reranker.request import ScoresFuture
 from tests.engines import TIMEOUT_S, Gate, group, last_id, log_odds
 
 
@@ -42,7 +40,7 @@ def close_in_thread(engine: Engine) -> threading.Thread:
 
 
 def test_close_fails_waiting_requests_and_finishes_the_forward_in_flight(
-    gate: Gate, gated: tuple[Engine, Future[Scores]]
+    gate: Gate, gated: tuple[Engine, ScoresFuture]
 ) -> None:
     engine, running = gated
     waiting = [engine.submit([group(i)]) for i in (1, 2, 3)]
@@ -58,17 +56,17 @@ def test_close_fails_waiting_requests_and_finishes_the_forward_in_flight(
 
 
 def test_close_passes_over_cancelled_requests(
-    gate: Gate, gated: tuple[Engine, Future[Scores]]
+    gate: Gate, gated: tuple[Engine, ScoresFuture]
 ) -> None:
     engine, _ = gated
     dropped, kept = engine.submit([group(1)]), engine.submit([group(2)])
-    dropped.cancel()
+    dropped.abandon()
     closing = close_in_thread(engine)
     with pytest.raises(ClosedError, match="closed while this call waited"):
         kept.result(TIMEOUT_S)
     gate.open.set()
     closing.join(TIMEOUT_S)
-    assert dropped.cancelled()
+    assert not gate.forwards or gate.forwards == [[100]]
 
 
 def test_close_stops_a_request_between_its_packs(gate: Gate, make: Callable[..., Engine]) -> None:
@@ -90,11 +88,13 @@ def test_close_ends_the_thread_and_is_idempotent(make: Callable[..., Engine]) ->
     others = set(threading.enumerate())
     engine = make(last_id)
     assert log_odds(engine.submit([group(1)])) == [[1]]
-    (owner,) = set(threading.enumerate()) - others
-    assert (owner.name, owner.daemon) == ("qwen3-reranker", True)
+    started = set(threading.enumerate()) - others
+    names = {"qwen3-reranker", "qwen3-reranker-encode"}
+    assert {thread.name for thread in started} == names
+    assert all(thread.daemon for thread in started)
     engine.close()
     engine.close()
-    assert not owner.is_alive()
+    assert not any(thread.is_alive() for thread in started)
 
 
 def test_submit_after_close_is_refused(make: Callable[..., Engine]) -> None:
@@ -123,13 +123,13 @@ def test_close_from_the_owner_thread_does_not_wait_for_itself(
 
 def test_exit_stops_every_engine_and_waits_for_its_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(engine_module, "_engines", weakref.WeakSet[Engine]())
-        patch.setattr(engine_module, "_owners", weakref.WeakSet[threading.Thread]())
+        patch.setattr(owners, "_owners", weakref.WeakSet[owners.Owner]())
+        patch.setattr(owners, "_threads", weakref.WeakSet[threading.Thread]())
         engine = Engine(last_id, backend="fake", budget=Budget(100))
-        (owner,) = engine_module._owners
-        assert owner.is_alive()
-        engine_module._await_owners()
-        assert not owner.is_alive()
+        threads = list(owners._threads)
+        assert [thread.is_alive() for thread in threads] == [True, True]  # scores, encodes
+        owners._await_threads()
+        assert [thread.is_alive() for thread in threads] == [False, False]
     with pytest.raises(ClosedError):
         engine.submit([group(1)])
 
@@ -142,11 +142,11 @@ def test_interrupt_while_the_exit_waits_ends_the_process(
             raise KeyboardInterrupt
 
     codes: list[int] = []
-    monkeypatch.setattr(engine_module, "_engines", set[Engine]())
-    monkeypatch.setattr(engine_module, "_owners", {Stubborn()})
+    monkeypatch.setattr(owners, "_owners", set[owners.Owner]())
+    monkeypatch.setattr(owners, "_threads", {Stubborn()})
     monkeypatch.setattr("os._exit", codes.append)
     print("said before")
-    engine_module._await_owners()
+    owners._await_threads()
     assert codes == [130]
     assert capsys.readouterr().out == "said before\n"
 
@@ -175,8 +175,10 @@ sys.modules["qwen3_reranker.loading"] = types.SimpleNamespace(load_model=lambda 
 runtime = Runtime(model="model")
 _, engine = runtime.load()
 ids = np.array([1], np.int32)
-futures = [engine.submit([EncodedGroup(ids, [ids], [False], 0)]) for _ in range(200)]
-futures[-1].add_done_callback(lambda future: print(type(future.exception()).__name__, flush=True))
+group = EncodedGroup(ids, [ids], [False], 0)
+futures = [engine.submit([group]) for _ in range(199)]
+ended = lambda: print(type(futures[-1].exception()).__name__, flush=True)
+futures.append(engine.submit([group], on_done=ended))
 started.wait()
 print("leaving", flush=True)
 """

@@ -17,14 +17,14 @@ from qwen3_reranker import (
     ModelLoadError,
     RankedDocument,
     Reranker,
-    engine,
+    owners,
 )
 from tests import fakes
 from tests.fakes import FRUIT, QUERY, head_ids
 from tests.invariants import check_ranking
 
 
-def owners() -> set[threading.Thread]:
+def scoring_threads() -> set[threading.Thread]:
     """Return the threads of engines."""
     return {thread for thread in threading.enumerate() if thread.name == "qwen3-reranker"}
 
@@ -58,7 +58,7 @@ def test_process_forked_while_a_model_loads_is_told_at_once(
         return fakes.FakeModel()
 
     fakes.replace_load_model(monkeypatch, load)
-    monkeypatch.setattr(engine, "_loaded_in", set())
+    monkeypatch.setattr(owners, "_loaded_in", set())
     reranker = Reranker("model")
     loading = threading.Thread(target=reranker.rank, args=(QUERY, FRUIT))
     loading.start()
@@ -165,11 +165,11 @@ def test_shared_keeps_instruction_and_usage_apart(loads: Loads) -> None:
 
 
 def test_shared_model_is_freed_with_its_last_user(loads: Loads) -> None:
-    others = owners()
+    others = scoring_threads()
     first, second = Reranker.shared("model"), Reranker.shared("model")
     first.rank(QUERY, FRUIT)
     model = weakref.ref(first.loaded)
-    assert len(owners() - others) == 1
+    assert len(scoring_threads() - others) == 1
     first.close()
     gc.collect()
     assert model() is not None
@@ -177,21 +177,21 @@ def test_shared_model_is_freed_with_its_last_user(loads: Loads) -> None:
     second.close()
     gc.collect()
     assert model() is None
-    assert not owners() - others
+    assert not scoring_threads() - others
     with Reranker.shared("model") as third:
         third.rank(QUERY, FRUIT)
     assert len(loads.settings) == 2
 
 
 def test_model_is_freed_when_its_reranker_is_collected(loads: Loads) -> None:
-    others = owners()
+    others = scoring_threads()
     reranker = Reranker("model")
     reranker.rank(QUERY, FRUIT)
     model = weakref.ref(reranker.loaded)
     del reranker
     gc.collect()
     assert model() is None
-    assert not owners() - others
+    assert not scoring_threads() - others
 
 
 def test_copies_share_the_weights_and_count_for_themselves(loads: Loads) -> None:

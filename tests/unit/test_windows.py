@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen3_reranker import InputError, Reranker
-from qwen3_reranker.windows import encode_windows, fold, split
+from qwen3_reranker.steps import finish
+from qwen3_reranker.windows import fold, split, window_steps
 from tests.fakes import FakeModel, loaded, qwen3_tokenizer
 
 
@@ -33,8 +34,8 @@ TEXTS = ["word " * 300, "日本語の文章です。" * 60, "e\u0301🦙 \ud83d 
 @pytest.mark.parametrize("text", TEXTS)
 def test_window_is_encoded_as_its_text_alone(text: str) -> None:
     tokenizer = qwen3_tokenizer()
-    group, (pieces,), truncated = encode_windows(
-        tokenizer, None, "q", [text], max_length=128, max_windows=None
+    group, (pieces,), truncated = finish(
+        window_steps(tokenizer, None, "q", [text], max_length=128, max_windows=None)
     )
     assert pieces is not None
     assert len(pieces) == len(group.documents) > 2
@@ -56,8 +57,8 @@ def test_text_is_in_a_window_or_the_document_truncated(text: str) -> None:
         tokenizer.suffix
     )
     for room in range(1, 30):
-        _, (pieces,), (truncated,) = encode_windows(
-            tokenizer, None, "q", [text], max_length=least + room, max_windows=None
+        _, (pieces,), (truncated,) = finish(
+            window_steps(tokenizer, None, "q", [text], max_length=least + room, max_windows=None)
         )
         if pieces is None:
             continue
@@ -74,8 +75,10 @@ def test_text_is_in_a_window_or_the_document_truncated(text: str) -> None:
 def test_surrogate_pairs_are_one_character_in_the_prompt_and_two_in_the_document() -> None:
     tokenizer = qwen3_tokenizer()
     document = "ab \ud83e\udd99 🦙" * 90 + " \ud83d end"
-    group, (pieces, short), truncated = encode_windows(
-        tokenizer, None, "q", [document, "\ud83e\udd99"], max_length=128, max_windows=None
+    group, (pieces, short), truncated = finish(
+        window_steps(
+            tokenizer, None, "q", [document, "\ud83e\udd99"], max_length=128, max_windows=None
+        )
     )
     assert (short, truncated, group.num_repaired) == (None, [False, False], 2)
     assert pieces is not None
@@ -90,8 +93,8 @@ def test_surrogate_pairs_are_one_character_in_the_prompt_and_two_in_the_document
 def test_short_documents_are_left_alone() -> None:
     tokenizer = qwen3_tokenizer()
     documents = ["short", TEXTS[0], ""]
-    group, pieces, truncated = encode_windows(
-        tokenizer, None, "q", documents, max_length=128, max_windows=2
+    group, pieces, truncated = finish(
+        window_steps(tokenizer, None, "q", documents, max_length=128, max_windows=2)
     )
     assert [piece is None for piece in pieces] == [True, False, True]
     assert pieces[1] is not None
