@@ -275,7 +275,7 @@ class Reranker(BaseReranker):
         steps = encode_steps(job, loaded.tokenizer, self._fitting_limits(loaded))
         encoded = await await_until(job, partial(engine.turns.submit, steps))
         scores = await await_scores(engine, encoded, job)
-        return await off_loop(job, self._count, job, encoded, scores)
+        return await off_loop(job.num_documents, self._count, job, encoded, scores)
 
     def _fitting_limits(self, loaded: LoadedModel) -> Limits:
         longest, limit = self._limits.max_length, loaded.max_positions

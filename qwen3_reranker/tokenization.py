@@ -41,7 +41,7 @@ _CHARS_PER_TOKEN = 6
 _GROWTH = 4
 _MARGIN = 64
 # A query too long by so many tokens at most is counted to its end, to tell how much too long it is.
-_COUNTED = 8192
+_COUNTED = 2048
 # Texts per call of the tokenizer, by number and by characters. Its `Encoding` objects are about 100
 # bytes a token, and another caller waits for a call's end: 64,000 characters take some 30 ms.
 _CHUNK = 256
@@ -110,7 +110,7 @@ class PromptTokenizer:
         control.no_padding()
         control.no_truncation()
         added = {token.content: id for id, token in control.get_added_tokens_decoder().items()}
-        self._plain = _without_added_tokens(tokenizer_json)
+        self._plain, self._longest = _without_added_tokens(tokenizer_json)
         self.template = template or self._detect_template(added)
         missing = self._missing_ids(self.template, added)
         if missing:
@@ -193,7 +193,7 @@ class PromptTokenizer:
             spans = yield from self.span_steps(part)
             if len(part) == len(text) or len(spans) >= max_tokens + _MARGIN:
                 break
-            num_chars *= _GROWTH
+            num_chars = self._more_chars(num_chars, max_tokens)
         return document if len(spans) <= max_tokens else part[: spans[max_tokens - 1][1]]
 
     def span_steps(self, document: str) -> Steps[TokenSpans]:
@@ -250,8 +250,15 @@ class PromptTokenizer:
                 del encodings
                 yield sum(map(len, parts))
             waiting = unfinished
-            num_chars *= _GROWTH
+            num_chars = self._more_chars(num_chars, limit)
         return ids, truncated
+
+    def _more_chars(self, num_chars: int, limit: int) -> int:
+        """Return how many characters are read next where `num_chars` had too few tokens."""
+        # As many as the longest tokens have: enough for all texts but those that NFC shortens.
+        enough = self._longest * (limit + _MARGIN)
+        more = _GROWTH * num_chars
+        return enough if num_chars < enough < more else more
 
     def _detect_template(self, added: dict[str, int]) -> PromptTemplate:
         for template in (QWEN3_RERANKER, CHATML):
@@ -297,12 +304,13 @@ class PromptTokenizer:
                     )
 
 
-def _without_added_tokens(tokenizer_json: str) -> Tokenizer:
+def _without_added_tokens(tokenizer_json: str) -> tuple[Tokenizer, int]:
+    """Return a tokenizer that knows no added token, and its longest token's number of bytes."""
     state = json.loads(tokenizer_json)
     state["added_tokens"] = []
     state["post_processor"] = None  # only offsets and special tokens, which are never asked for
     state["truncation"] = state["padding"] = None
-    return Tokenizer.from_str(json.dumps(state))
+    return Tokenizer.from_str(json.dumps(state)), max(map(len, state["model"]["vocab"]))
 
 
 def _ids(encoding: object, limit: int | None = None) -> TokenIds:

@@ -19,7 +19,7 @@ from .jobs import Job, Scored, rank_all, rows_by
 from .results import RankedDocument
 
 _FEW = 1000
-"""Documents whose results are put together in some 5 ms."""
+"""Documents that are checked, and whose results are put together, in some 5 ms."""
 
 Result = TypeVar("Result")
 
@@ -107,7 +107,9 @@ class BaseReranker(ABC):
         inputs.cut(top_n, score_threshold)
         try:
             scored = await self._ascore(job)
-            (ranked,) = await off_loop(job, rank_all, job, scored, top_n, score_threshold)
+            (ranked,) = await off_loop(
+                job.num_documents, rank_all, job, scored, top_n, score_threshold
+            )
         except Qwen3RerankerError as error:
             rankings = self._unranked(job, error)
             if rankings is None:
@@ -183,7 +185,7 @@ class BaseReranker(ABC):
         """
         job = self._job([query], [documents], inputs.instruction(instruction), timeout_s)
         scored = await self._ascore(job)
-        return await off_loop(job, lambda: scored.probabilities)
+        return await off_loop(job.num_documents, lambda: scored.probabilities)
 
     def score_pairs(
         self,
@@ -212,9 +214,10 @@ class BaseReranker(ABC):
         Raises:
             Qwen3RerankerError: As `rank`.
         """
-        job = self._job_of_pairs(pairs, instruction, timeout_s)
+        count = len(pairs) if isinstance(pairs, Sequence) else 0
+        job = await off_loop(count, self._job_of_pairs, pairs, instruction, timeout_s)
         scored = await self._ascore(job)
-        return await off_loop(job, lambda: job.in_rows(scored.scores))
+        return await off_loop(job.num_documents, lambda: job.in_rows(scored.scores))
 
     def __enter__(self) -> Self:
         return self
@@ -263,8 +266,8 @@ class BaseReranker(ABC):
         return None
 
 
-async def off_loop(job: Job, work: Callable[..., Result], *arguments: Any) -> Result:
-    """Do work on all documents of a job, in a thread where the event loop would feel it."""
-    if job.num_documents <= _FEW:
+async def off_loop(count: int, work: Callable[..., Result], *arguments: Any) -> Result:
+    """Do work on so many documents, in a thread where the event loop would feel it."""
+    if count <= _FEW:
         return work(*arguments)
     return await asyncio.to_thread(work, *arguments)

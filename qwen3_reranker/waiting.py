@@ -70,7 +70,7 @@ def wait_until(job: Job, submit: Submit[Result]) -> Result:
     try:
         return future.result(job.seconds_left())
     except TimeoutError as error:
-        if error is future.exception():  # the work's own, not the clock's
+        if future.done() and error is future.exception():  # the work's own, not the clock's
             raise
         raise _late(job) from error
     finally:
