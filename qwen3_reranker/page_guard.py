@@ -12,7 +12,6 @@ import asyncio
 import json
 import re
 import secrets
-import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qs
 
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import UploadFile
+from starlette.datastructures import Headers, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -40,8 +39,13 @@ _PAGE = re.compile(
     re.ASCII,
 )
 _API = "/gradio_api"
+_RESULTS = f"{_API}/queue/data"
 _SESSION = re.compile(r"\w{1,64}", re.ASCII)
 _TOLD = 'data: {"msg": "done"}\n\n'
+_TOO_LARGE = (
+    f"the text or file is larger than {BODY_BYTES:,} bytes. Rank a part of it, or use the command "
+    "`qwen3-reranker rank`."
+)
 
 Fits = Callable[[Any], bool]
 """Says whether the page could have sent this as the value of an input."""
@@ -65,12 +69,14 @@ class Click(NamedTuple):
 class Uploads:
     """Keeps the files that were sent, each under a name that only its sender is told.
 
-    What a client names is looked up here and is never used as a path. The newest files are kept,
-    in a folder that goes with this object.
+    What a client names is looked up here and is never used as a path. The newest files are kept.
+
+    Args:
+        folder: Where they are kept; whoever made it removes it.
     """
 
-    def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory()
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._files: OrderedDict[str, Path] = OrderedDict()
 
     def keep(self, name: str, content: bytes) -> str:
@@ -81,7 +87,7 @@ class Uploads:
             content: What is in it.
         """
         key = secrets.token_hex(16)
-        folder = Path(self._folder.name, key)
+        folder = self._folder / key
         folder.mkdir(mode=0o700)
         # The end of it says how it is read.
         file = folder / (re.sub(r"[^\w.-]", "_", name)[-60:].lstrip(".") or "file")
@@ -129,8 +135,14 @@ class PageGuard:
             answer = refuse(error.detail, error.status_code)
         if isinstance(answer, Response):
             await answer(scope, receive, send)
-        else:
+            return
+        try:
             await self._app(*answer, send)
+        except RuntimeError:
+            if scope["path"] != _RESULTS:
+                raise
+            # Gradio has begun its answer when it finds that there is no such session.
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _own_answer(self, scope: Scope, receive: Receive) -> Response | tuple[Scope, Receive]:
         """Return the answer to a request, or the request as Gradio may see it.
@@ -142,20 +154,28 @@ class PageGuard:
         query = scope["query_string"].decode("latin-1")
         if method == "GET" and _PAGE.fullmatch(path):
             return {**scope, "query_string": b""}, receive  # some names in it load files
-        if method == "GET" and path == f"{_API}/queue/data":
+        if method == "GET" and path == _RESULTS:
             sessions = parse_qs(query, max_num_fields=8).get("session_hash", [])
             if len(sessions) == 1 and _SESSION.fullmatch(sessions[0]):
                 return {**scope, "query_string": f"session_hash={sessions[0]}".encode()}, receive
         elif method == "GET" and path == f"{_API}/upload_progress":
             return PlainTextResponse(_TOLD, media_type="text/event-stream")
         elif method == "POST" and path == f"{_API}/upload":
-            return await self._upload(scope, await self._read(receive, BODY_BYTES + _FORM_BYTES))
+            body = await self._read(scope, receive, BODY_BYTES + _FORM_BYTES)
+            return await self._upload(scope, body)
         elif method == "POST" and path in (click.path for click in self._clicks.values()):
-            body = await run_in_threadpool(self._click, path, await self._read(receive, BODY_BYTES))
-            return _with_body(scope, body, receive)
+            body = await self._read(scope, receive, BODY_BYTES)
+            body = await run_in_threadpool(self._click, path, body)
+            kind = [(b"content-type", b"application/json")]
+            others = [(n, v) for n, v in scope["headers"] if n != b"content-type"]
+            return _with_body({**scope, "headers": others + kind}, body, receive)
         raise HTTPException(404, "there is no such address. The page is at /.")
 
-    async def _read(self, receive: Receive, limit: int) -> bytes:
+    async def _read(self, scope: Scope, receive: Receive, limit: int) -> bytes:
+        declared = Headers(scope=scope).get("content-length", "0")
+        size = int(declared) if declared.isdecimal() else 0
+        if size > limit:
+            raise HTTPException(413, _TOO_LARGE)
         if self._arriving >= _BODIES:
             raise HTTPException(503, f"{_BODIES} requests arrive already. Try again later.")
         parts, size = [], 0
@@ -169,11 +189,7 @@ class PageGuard:
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
                     if size > limit:
-                        raise HTTPException(
-                            413,
-                            f"the text or file is larger than {BODY_BYTES} bytes. Rank a part of "
-                            "it, or use `qwen3-reranker rank`, which has no limit.",
-                        )
+                        raise HTTPException(413, _TOO_LARGE)
                     if not message.get("more_body", False):
                         return b"".join(parts)
         except TimeoutError:

@@ -198,7 +198,7 @@ def serve(
     with reranker, tempfile.TemporaryDirectory() as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         server = uvicorn.Config(
-            create_app(reranker, name, allowed_hosts=allowed_hosts),
+            create_app(reranker, name, Path(folder), allowed_hosts=allowed_hosts),
             host=HOST,
             port=port,
             log_config=None,
@@ -209,16 +209,19 @@ def serve(
         uvicorn.Server(server).run()
 
 
-def create_app(reranker: BaseReranker, name: str, *, allowed_hosts: Iterable[str] = ()) -> FastAPI:
+def create_app(
+    reranker: BaseReranker, name: str, folder: Path, *, allowed_hosts: Iterable[str] = ()
+) -> FastAPI:
     """Return the page as an application that `uvicorn` can run.
 
     Args:
         reranker: As in `create_page`.
         name: As in `create_page`.
+        folder: Where uploads are kept.
         allowed_hosts: Names that browsers may know the page by, beside those of loopback.
     """
     app = FastAPI(openapi_url=None)
-    uploads = Uploads()
+    uploads = Uploads(folder)
     blocks = create_page(reranker, name, uploads)
     blocks.state_session_capacity = _SESSIONS
     blocks.has_launched = True  # else Gradio does not check paths, if one came past the guard
