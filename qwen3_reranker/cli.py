@@ -112,6 +112,13 @@ def _parser() -> argparse.ArgumentParser:
     ui.add_argument("model", nargs="?", help=_DEFAULT_HELP)
     ui.add_argument("--url", help="address of a rerank server, in place of a model")
     ui.add_argument("--port", type=int, default=7860, help="default: %(default)s")
+    ui.add_argument(
+        "--allowed-host",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="name by which browsers call the page, beside localhost; may be repeated",
+    )
     _add_reranker_options(ui)
     ui.set_defaults(run=_ui)
 
@@ -234,13 +241,15 @@ def _ui(arguments: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         raise MissingExtraError.of("the page", error.name, "ui") from error
     inputs.listening(ui.HOST, arguments.port)  # before a model is loaded
+    hosts = arguments.allowed_host
     if arguments.url is None:
         model, reranker = _model(arguments), _reranker(arguments)
         print(f"Loading {model}.", flush=True)
         _ = reranker.loaded  # what is wrong with a model is told here, not on the page
-        ui.serve(reranker, model, port=arguments.port)
+        ui.serve(reranker, model, port=arguments.port, allowed_hosts=hosts)
     else:
-        ui.serve(_remote_reranker(arguments), arguments.url, port=arguments.port)
+        remote = _remote_reranker(arguments)
+        ui.serve(remote, arguments.url, port=arguments.port, allowed_hosts=hosts)
     return 0
 
 

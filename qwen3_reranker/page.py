@@ -39,6 +39,8 @@ _EXAMPLES = {
 }
 """Number of the query and ids of the passages in the demo's corpus; none has a blank line in it."""
 
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+
 _LONG = 320
 """Characters past which a document is folded, about four lines."""
 
@@ -103,14 +105,22 @@ def render_message(message: str, *, is_error: bool = False) -> str:
 
 
 def to_csv(ranking: Sequence[RankedDocument]) -> str:
-    """Return a ranking as CSV, which `read_documents` can read again."""
+    """Return a ranking as CSV, which `read_documents` can read again.
+
+    A text that a spreadsheet would run as a formula has an apostrophe before it.
+    """
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["rank", "was", "score", "log_odds", "truncated", "text"])
     for place, result in enumerate(ranking, 1):
         figures = (place, result.index + 1, result.score, result.log_odds, result.truncated)
-        writer.writerow([*figures, repaired(result.document)])
+        writer.writerow([*figures, _inert(repaired(result.document))])
     return text.getvalue()
+
+
+def _inert(cell: str) -> str:
+    """Return a cell that no spreadsheet runs (OWASP, CSV injection)."""
+    return f"'{cell}" if cell.startswith(_FORMULA) else cell
 
 
 def _csv_link(ranking: Sequence[RankedDocument]) -> str:

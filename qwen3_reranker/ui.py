@@ -1,8 +1,8 @@
 """The web page of a reranker, in Gradio: `qwen3-reranker ui`.
 
-Decides what is asked and what happens on a click. What is shown is `page`'s. The page is for this
-machine: it listens to loopback only, asks nothing of any other host, and keeps uploaded files in a
-folder that goes when it ends.
+Decides what is asked and what happens on a click. What is shown is `page`'s; which requests are
+answered is `page_guard`'s and `hosts`'. The page is for this machine: it listens to loopback only,
+asks nothing of any other host, and keeps uploaded files in a folder that goes when it ends.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import logging
 import os
 import signal
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import gradio as gr
 import uvicorn
@@ -24,6 +25,8 @@ from fastapi import FastAPI
 from . import page
 from .documents import read_documents, split_documents
 from .errors import DataError, InputError, Qwen3RerankerError
+from .hosts import AllowedHosts
+from .page_guard import Click, PageGuard, Uploads, is_upload, refuse
 from .reranker import Reranker
 from .verbs import BaseReranker
 
@@ -50,16 +53,18 @@ _THEME = gr.themes.Base(
     button_primary_background_fill_hover_dark="*primary_800",
 )
 _SHUTDOWN_S = 2  # a page that is open keeps its connection, and would keep the process
-_MAX_FILE_SIZE = "8mb"
+_WAITING = 16  # clicks; each may hold 8 MB of text
+_SESSIONS = 32  # whose last texts Gradio keeps; nothing is lost with them
 _BEGINNING = page.render_message("The ranking appears here.")
 
 
-def create_page(reranker: BaseReranker, name: str) -> gr.Blocks:
+def create_page(reranker: BaseReranker, name: str, uploads: Uploads) -> gr.Blocks:
     """Return the page of a reranker.
 
     Args:
         reranker: Scores what is typed; the caller closes it.
         name: The model's name or the server's address, as shown.
+        uploads: Has the files that are ranked.
     """
     with gr.Blocks(title="qwen3-reranker", analytics_enabled=False) as blocks:
         gr.HTML(page.render_title(name), apply_default_css=False)
@@ -81,6 +86,7 @@ def create_page(reranker: BaseReranker, name: str) -> gr.Blocks:
                     max_lines=12,
                 )
                 file = gr.File(label="File: txt, jsonl or csv", height=104)
+                upload = gr.Textbox(visible=False)  # what the guard has put in the file's place
                 button = gr.Button("Rerank", variant="primary")
                 with examples:
                     _choices("Examples", page.examples(), query, instruction, documents)
@@ -88,12 +94,12 @@ def create_page(reranker: BaseReranker, name: str) -> gr.Blocks:
                 ranking = gr.HTML(_BEGINNING, apply_default_css=False)
         gr.on(
             [button.click, query.submit],
-            partial(rerank, reranker),
-            inputs=[query, instruction, documents, file],
+            partial(_rerank_click, reranker, uploads),
+            inputs=[query, instruction, documents, file, upload],
             outputs=ranking,
             api_name="rerank",
         )
-    return blocks
+    return blocks.queue(max_size=_WAITING)
 
 
 def _choices(label: str, choices: Mapping[str, tuple[str, ...]], *inputs: gr.Textbox) -> None:
@@ -104,6 +110,43 @@ def _choices(label: str, choices: Mapping[str, tuple[str, ...]], *inputs: gr.Tex
         example_labels=list(choices),
         label=label,
     )
+
+
+def _clicks(blocks: gr.Blocks) -> dict[int, Click]:
+    """Return what the page may send: the text boxes and the file, or the number of an example."""
+    clicks = {}
+    for number, function in blocks.fns.items():
+        path = "/gradio_api/run/predict" if function.queue is False else "/gradio_api/queue/join"
+        inputs = [partial(_is_value, block) for block in function.inputs]
+        files = (i for i, block in enumerate(function.inputs) if isinstance(block, gr.File))
+        clicks[number] = Click(path, inputs, next(files, None))
+    return clicks
+
+
+def _is_value(block: object, value: Any) -> bool:
+    """Say whether the page could send a value of a component."""
+    if isinstance(block, gr.Dataset):
+        return type(value) is int and 0 <= value < len(block.samples)
+    if isinstance(block, gr.File):
+        return is_upload(value)
+    return value is None or isinstance(value, str)
+
+
+def _rerank_click(
+    reranker: BaseReranker,
+    uploads: Uploads,
+    query: str | None,
+    instruction: str | None,
+    documents: str | None,
+    _: None,
+    upload: str | None,
+) -> str:
+    file = uploads.path(upload) if upload else None
+    if upload and file is None:
+        message = "the file is not here any more: newer ones have taken its place. Choose it again."
+        return page.render_message(message, is_error=True)
+    texts = query or "", instruction or "", documents or ""
+    return rerank(reranker, *texts, None if file is None else str(file))
 
 
 def rerank(
@@ -137,13 +180,16 @@ def _read_upload(file: str) -> list[str]:
         raise DataError(str(error).replace(file, Path(file).name)) from error
 
 
-def serve(reranker: BaseReranker, name: str, *, port: int) -> None:
+def serve(
+    reranker: BaseReranker, name: str, *, port: int, allowed_hosts: Iterable[str] = ()
+) -> None:
     """Serve the page until a signal comes.
 
     Args:
         reranker: Closed at the end.
         name: As in `create_page`.
         port: Port to listen at; 0 takes a free one, which the log names.
+        allowed_hosts: As in `create_app`.
     """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("uvicorn").setLevel(logging.INFO)
@@ -152,7 +198,7 @@ def serve(reranker: BaseReranker, name: str, *, port: int) -> None:
     with reranker, tempfile.TemporaryDirectory() as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         server = uvicorn.Config(
-            create_app(reranker, name),
+            create_app(reranker, name, Path(folder), allowed_hosts=allowed_hosts),
             host=HOST,
             port=port,
             log_config=None,
@@ -163,20 +209,34 @@ def serve(reranker: BaseReranker, name: str, *, port: int) -> None:
         uvicorn.Server(server).run()
 
 
-def create_app(reranker: BaseReranker, name: str) -> FastAPI:
-    """Return the page as an application that `uvicorn` can run."""
+def create_app(
+    reranker: BaseReranker, name: str, folder: Path, *, allowed_hosts: Iterable[str] = ()
+) -> FastAPI:
+    """Return the page as an application that `uvicorn` can run.
+
+    Args:
+        reranker: As in `create_page`.
+        name: As in `create_page`.
+        folder: Where uploads are kept.
+        allowed_hosts: Names that browsers may know the page by, beside those of loopback.
+    """
     app = FastAPI(openapi_url=None)
+    uploads = Uploads(folder)
+    blocks = create_page(reranker, name, uploads)
+    blocks.state_session_capacity = _SESSIONS
+    blocks.has_launched = True  # else Gradio does not check paths, if one came past the guard
     gr.mount_gradio_app(
         app,
-        create_page(reranker, name),
+        blocks,
         path="/",
         server_name=HOST,
         footer_links=[],
         run_history=False,  # it would keep texts in the browser
-        max_file_size=_MAX_FILE_SIZE,
         ssr_mode=False,
         mcp_server=False,
         theme=_THEME,
         css_paths=page.CSS,
     )
+    app.add_middleware(PageGuard, clicks=_clicks(blocks), uploads=uploads)
+    app.add_middleware(AllowedHosts, names=allowed_hosts, refuse=refuse, only_own_pages=True)
     return app

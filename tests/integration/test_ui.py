@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from qwen3_reranker.documents import split_documents
 from tests import fakes
 from tests.servers import ROOT, Server, serving, web_page
 
+RERANK = 2  # after the two that fill in examples
 QUERY = "How does bread rise?"
 DOCUMENTS = ["Yeast gives off gas.", "Tea is a drink.", "Rain falls.", "Bread is baked."]
 HOSTILE = "<script>document.title='ran'</script>${document.title='ran'} {{value}} `</li>"
@@ -57,15 +59,21 @@ def served(
 
 def ask(url: str, documents: str, file: Path | None = None, query: str = QUERY) -> str:
     """Return what the page shows, by the calls that its own script makes."""
-    upload = None
+    upload, session = None, secrets.token_hex(5)
     if file is not None:
         sent = {"files": (file.name, file.read_bytes())}
         (path,) = httpx.post(f"{url}/gradio_api/upload", files=sent).json()
         upload = {"path": path, "meta": {"_type": "gradio.FileData"}}
-    call = f"{url}/gradio_api/call/rerank"
-    event = httpx.post(call, json={"data": [query, "", documents, upload]}).json()["event_id"]
-    stream = httpx.get(f"{call}/{event}", timeout=60).text
-    (html,) = json.loads(re.findall(r"^event: complete\ndata: (.*)$", stream, re.MULTILINE)[0])
+    click = {
+        "data": [query, "", documents, upload, None],
+        "fn_index": RERANK,
+        "session_hash": session,
+    }
+    httpx.post(f"{url}/gradio_api/queue/join", json=click).raise_for_status()
+    stream = httpx.get(f"{url}/gradio_api/queue/data?session_hash={session}", timeout=60).text
+    messages = [json.loads(line) for line in re.findall(r"^data: (.*)$", stream, re.MULTILINE)]
+    (done,) = (message for message in messages if message["msg"] == "process_completed")
+    (html,) = done["output"]["data"]
     assert isinstance(html, str)
     return html
 
@@ -217,3 +225,13 @@ def test_command_without_gradio_names_the_extra(
     assert 'needs gradio, which is not installed. Run: pip install "qwen3-reranker[ui]"' in (
         capsys.readouterr().err
     )
+
+
+def test_command_passes_on_the_names_of_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(ui, "serve", lambda *arguments, **options: seen.update(options))
+    names = ["--allowed-host", "page.lan", "--allowed-host", "other.lan"]
+    assert main(["ui", "--url", "http://127.0.0.1:1", *names]) == 0
+    assert seen["allowed_hosts"] == ["page.lan", "other.lan"]
+    assert main(["ui", "--url", "http://127.0.0.1:1"]) == 0
+    assert seen["allowed_hosts"] == []

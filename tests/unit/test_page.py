@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import base64
+import csv
+import io
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -136,9 +138,22 @@ def test_csv_can_be_ranked_again(tmp_path: Path) -> None:
     file = tmp_path / "ranking.csv"
     file.write_bytes(base64.b64decode(link.partition("base64,")[2]))
     again = [document.text for document in read_documents(str(file))]
-    assert again == ["\n", *documents[3::-1]]  # but for line ends
+    # But for line ends, and the apostrophe before what a spreadsheet would run.
+    assert again == ["'\n", "🍞", "'=1+1", "", 'a, "b"\n\nc']
     assert page.to_csv(ranking).splitlines()[0] == "rank,was,score,log_odds,truncated,text"
     assert page.to_csv(ranking[:1]).splitlines()[1].startswith("1,5,0.98201379003790")
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠"])
+def test_csv_has_no_formula(start: str) -> None:
+    row = next(csv.DictReader(io.StringIO(page.to_csv(ranked([f"{start}1+1"], [-2.5])))))
+    assert row["text"].startswith(f"'{start}")
+    assert row["log_odds"] == "-2.5"  # a number of ours stays one
+
+
+def test_csv_leaves_other_texts_alone() -> None:
+    for text in ("tea", "a=1", "'=1", " =1", "1-1", ""):
+        assert next(csv.DictReader(io.StringIO(page.to_csv(ranked([text])))))["text"] == text
 
 
 def test_message_says_what_is_wrong() -> None:
