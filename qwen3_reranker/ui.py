@@ -24,6 +24,7 @@ from fastapi import FastAPI
 from . import page
 from .documents import read_documents, split_documents
 from .errors import DataError, InputError, Qwen3RerankerError
+from .listening import server_config
 from .reranker import Reranker
 from .verbs import BaseReranker
 
@@ -151,16 +152,9 @@ def serve(reranker: BaseReranker, name: str, *, port: int) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with reranker, tempfile.TemporaryDirectory() as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
-        server = uvicorn.Config(
-            create_app(reranker, name),
-            host=HOST,
-            port=port,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=_SHUTDOWN_S,
-        )
-        uvicorn.Server(server).run()
+        app = create_app(reranker, name)
+        config = server_config(app, host=HOST, port=port, shutdown_s=_SHUTDOWN_S)
+        uvicorn.Server(config).run()
 
 
 def create_app(reranker: BaseReranker, name: str) -> FastAPI:
