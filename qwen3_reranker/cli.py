@@ -100,6 +100,15 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
     serve.add_argument("--port", type=int, default=8012, help="default: %(default)s")
     serve.add_argument("--api-key-file", metavar="FILE", help="file with the key of clients")
+    serve.add_argument(
+        "--allowed-host",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="name by which clients call the server, in the Host header, beside its address and "
+        "localhost; may be repeated. Without it a server for this machine alone refuses other "
+        "names, and any other server takes all",
+    )
     _add_reranker_options(serve)
     serve.set_defaults(run=_serve)
 
@@ -231,6 +240,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         host=arguments.host,
         port=arguments.port,
         api_key_file=arguments.api_key_file,
+        allowed_hosts=arguments.allowed_host,
     )
     return 0
 
@@ -238,9 +248,10 @@ def _serve(arguments: argparse.Namespace) -> int:
 def _ui(arguments: argparse.Namespace) -> int:
     try:
         from . import ui
+        from .listening import check_address
     except ModuleNotFoundError as error:
         raise MissingExtraError.of("the page", error.name, "ui") from error
-    inputs.listening(ui.HOST, arguments.port)  # before a model is loaded
+    check_address(ui.HOST, arguments.port)  # before a model is loaded
     hosts = arguments.allowed_host
     if arguments.url is None:
         model, reranker = _model(arguments), _reranker(arguments)

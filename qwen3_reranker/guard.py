@@ -6,22 +6,28 @@ nothing of what a request asks.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
+from collections import Counter
 from collections.abc import Container
 from time import monotonic
 
-from fastapi import HTTPException
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .metrics import Metrics
-from .protocol import ServerLimits, error_answer
+from .protocol import RefusedError, ServerLimits, error_answer
 
 logger = logging.getLogger(__name__)
 
 OPEN_PATH = "/health"
 RETRY_AFTER_S = 1
+CLIENT_GONE = 499
+"""A status of nginx's; nobody is there to read it."""
+
+# Where one is sent twice, a proxy and this server may each believe another one.
+_SINGLE = (b"authorization", b"content-length", b"content-type", b"host", b"transfer-encoding")
 
 
 class Guard:
@@ -50,6 +56,7 @@ class Guard:
         self._known_paths = known_paths
         self._metrics = metrics
         self._waiting = 0
+        self._arriving: dict[asyncio.Timeout, int] = {}  # bytes by the end of a body's time
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or have it answered."""
@@ -81,16 +88,29 @@ class Guard:
         if scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
+        try:
+            body = await self._read(receive)
+        except RefusedError as error:
+            refusal = _refuse(error.status, str(error), {"Connection": "close"})
+        else:
+            refusal = self._refusal_of_the_queue()  # it may have filled up meanwhile
+        if refusal is not None:
+            await refusal(scope, receive, send)
+            return
         self._waiting += 1
         self._metrics.waiting.set(self._waiting)
         try:
-            await self._app(scope, self._counted(receive), send)
+            await self._app(scope, _after(body, receive), send)
         finally:
             self._waiting -= 1
             self._metrics.waiting.set(self._waiting)
 
     def _refusal(self, scope: Scope) -> JSONResponse | None:
         headers = dict(scope["headers"])
+        counts = Counter(name for name, _ in scope["headers"])
+        doubled = next((name.decode() for name in _SINGLE if counts[name] > 1), None)
+        if doubled is not None:
+            return _refuse(400, f"the header {doubled} is sent more than once. Send it once.")
         if scope["path"] != OPEN_PATH and not self._is_known(headers.get(b"authorization", b"")):
             return _refuse(
                 401,
@@ -100,13 +120,16 @@ class Guard:
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._limits.body_bytes:
             return _refuse(413, self._too_large())
-        if scope["method"] == "POST" and self._waiting >= self._limits.waiting:
-            return _refuse(
-                429,
-                f"{self._limits.waiting} requests wait already. Try again later.",
-                {"Retry-After": str(RETRY_AFTER_S)},
-            )
-        return None
+        return self._refusal_of_the_queue() if scope["method"] == "POST" else None
+
+    def _refusal_of_the_queue(self) -> JSONResponse | None:
+        if self._waiting < self._limits.waiting:
+            return None
+        return _refuse(
+            429,
+            f"{self._limits.waiting} requests wait already. Try again later.",
+            {"Retry-After": str(RETRY_AFTER_S)},
+        )
 
     def _is_known(self, given: bytes) -> bool:
         if self._expected is None:
@@ -114,25 +137,61 @@ class Guard:
         scheme, _, key = given.partition(b" ")
         return hmac.compare_digest(scheme.lower() + b" " + key, self._expected)
 
-    def _counted(self, receive: Receive) -> Receive:
-        """Return `receive` for as long as the body is within its limit."""
+    async def _read(self, receive: Receive) -> bytes:
+        """Return the whole body; until it is there, a request has no place in the queue.
+
+        Raises:
+            RefusedError: If it is too large or too slow, or the client goes away.
+        """
+        parts: list[bytes] = []
         size = 0
+        deadline = asyncio.timeout(self._limits.body_s)
+        try:
+            async with deadline:
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise RefusedError(CLIENT_GONE, "the client has gone.")
+                    parts.append(message.get("body", b""))
+                    size += len(parts[-1])
+                    if size > self._limits.body_bytes:
+                        raise RefusedError(413, self._too_large())
+                    if not message.get("more_body", False):
+                        return b"".join(parts)
+                    self._arriving[deadline] = size
+                    self._make_room()
+        except TimeoutError:
+            raise RefusedError(
+                408,
+                "the body was not complete in time, or too many others were on their way. Send "
+                "less per request, or try again.",
+            ) from None
+        finally:
+            self._arriving.pop(deadline, None)
 
-        async def counting() -> Message:
-            nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > self._limits.body_bytes:
-                raise HTTPException(413, self._too_large())
-            return message
-
-        return counting
+    def _make_room(self) -> None:
+        """End the time of the oldest bodies on their way if all of them are too large."""
+        excess = sum(self._arriving.values()) - self._limits.arriving_bytes
+        while excess > 0:
+            oldest = next(iter(self._arriving))
+            excess -= self._arriving.pop(oldest)
+            oldest.reschedule(0)
 
     def _too_large(self) -> str:
         return (
             f"the body is larger than {self._limits.body_bytes} bytes. Send fewer or shorter "
             "documents per request."
         )
+
+
+def _after(body: bytes, receive: Receive) -> Receive:
+    """Return what gives the whole body, and then what `receive` gives."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receiving() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return receiving
 
 
 def _refuse(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import operator
 import os
-import socket
 from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
@@ -308,26 +307,6 @@ def template(value: Any) -> PromptTemplate | None:
             f"{value!r}. Use None to take what the checkpoint was trained with."
         )
     return TEMPLATES[value]
-
-
-def listening(host: str, port: int) -> None:
-    """Look whether a server could listen there, which libraries tell late and by a traceback.
-
-    Raises:
-        InputError: If not.
-    """
-    if not 0 <= port <= 65535:
-        raise InputError(f"port must be between 0 and 65535, got {port}. 0 takes any that is free.")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        socket.create_server((host, port), family=family).close()
-    except OSError as error:
-        number = error.errno or 0  # negative where a name is unknown
-        reason = os.strerror(number) if number > 0 else error.strerror or error
-        raise InputError(
-            f"nothing can be served at {host}, port {port} ({reason}). Pass another --port, or 0 "
-            "for any that is free."
-        ) from error
 
 
 def path(name: str, value: Any) -> str:

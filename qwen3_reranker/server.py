@@ -8,35 +8,37 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import ipaddress
 import logging
 import os
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from . import __version__, inputs
 from .errors import InputError, Qwen3RerankerError
-from .guard import OPEN_PATH, RETRY_AFTER_S, Guard
+from .guard import CLIENT_GONE, OPEN_PATH, RETRY_AFTER_S, Guard
+from .hosts import AllowedHosts, is_loopback
+from .listening import check_address, server_config
 from .metrics import Metrics
 from .protocol import (
     ErrorAnswer,
+    RefusedError,
     RerankAnswer,
     RerankRequest,
     ScoreAnswer,
     ScoreRequest,
     ServerLimits,
     TeiResult,
-    describe_faults,
+    check_count,
     error_answer,
     jina_answer,
+    parse_body,
     score_answer,
     status_of,
     tei_answer,
@@ -45,14 +47,14 @@ from .reranker import Reranker
 
 logger = logging.getLogger(__name__)
 
-_CLIENT_GONE = 499  # nginx's; nobody is there to read it
 _SHUTDOWN_S = 30
 _RERANK_PATHS = ("/rerank", "/v1/rerank", "/v2/rerank")
 _PATHS = (*_RERANK_PATHS, "/score", "/v1/models", OPEN_PATH, "/ready", "/metrics", "/openapi.json")
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorAnswer} for status in (400, 401, 413, 422, 429, 500, 503)
+    status: {"model": ErrorAnswer} for status in (400, 401, 408, 413, 421, 422, 429, 500, 503)
 }
 _Result = TypeVar("_Result")
+_Body = TypeVar("_Body", RerankRequest, ScoreRequest)
 
 
 class ClientGoneError(Exception):
@@ -90,7 +92,7 @@ class Service:
         documents = body.documents if body.texts is None else body.texts
         if documents is None:
             raise InputError("documents are missing. Send a list of texts as 'documents'.")
-        self._check_count(len(documents))
+        check_count(len(documents), self._limits)
         # The same weights, a usage of its own.
         twin = self._reranker.limited_to(body.max_tokens_per_doc)
         ranking = await twin.arank(
@@ -106,7 +108,7 @@ class Service:
         """Score one query with each document, or pairs."""
         queries = [body.text_1] if isinstance(body.text_1, str) else body.text_1
         documents = [body.text_2] if isinstance(body.text_2, str) else body.text_2
-        self._check_count(max(len(queries), len(documents)))
+        check_count(max(len(queries), len(documents)), self._limits)
         twin = copy.copy(self._reranker)
         if len(queries) == 1:
             scores = await twin.ascore(queries[0], documents, instruction=body.instruction)
@@ -120,25 +122,34 @@ class Service:
             )
         return score_answer(scores, model=self.name, prompt_tokens=twin.usage.prompt_tokens)
 
-    def _check_count(self, count: int) -> None:
-        if count > self._limits.documents:
-            raise HTTPException(
-                413,
-                f"a request may have {self._limits.documents} documents, got {count}. Send them "
-                "in several requests.",
-            )
 
+def create_app(
+    service: Service,
+    *,
+    api_key: str | None,
+    limits: ServerLimits,
+    allowed_hosts: Sequence[str] | None = None,
+) -> FastAPI:
+    """Return the application; the caller loads the service's weights.
 
-def create_app(service: Service, *, api_key: str | None, limits: ServerLimits) -> FastAPI:
-    """Return the application; the caller loads the service's weights."""
+    Args:
+        service: What the routes do.
+        api_key: Key of the clients; None asks for none.
+        limits: What requests may ask.
+        allowed_hosts: Names, beside those of loopback, by which requests may call the server; None
+            allows any.
+    """
     app = FastAPI(title="qwen3-reranker", version=__version__, docs_url=None, redoc_url=None)
     app.add_middleware(
         Guard, api_key=api_key, limits=limits, known_paths=_PATHS, metrics=service.metrics
     )
+    if allowed_hosts is not None:
+        app.add_middleware(AllowedHosts, names=allowed_hosts, refuse=_refuse_host)
     app.add_exception_handler(StarletteHTTPException, _on_http_error)
-    app.add_exception_handler(RequestValidationError, _on_invalid_body)
+    app.add_exception_handler(RefusedError, _on_refused)
 
-    async def rerank(request: Request, body: RerankRequest) -> Any:
+    async def rerank(request: Request) -> Any:
+        body = await _body(RerankRequest, request, limits)
         return await _answer(request, service.rerank(body), is_tei=body.texts is not None)
 
     for path in _RERANK_PATHS:
@@ -148,10 +159,17 @@ def create_app(service: Service, *, api_key: str | None, limits: ServerLimits) -
             response_model_exclude_none=True,
             responses=_ERRORS,
             operation_id=path.strip("/").replace("/", "_"),
+            openapi_extra=_describe(RerankRequest),
         )(rerank)
 
-    @app.post("/score", response_model=ScoreAnswer, responses=_ERRORS)
-    async def score(request: Request, body: ScoreRequest) -> Any:
+    @app.post(
+        "/score",
+        response_model=ScoreAnswer,
+        responses=_ERRORS,
+        openapi_extra=_describe(ScoreRequest),
+    )
+    async def score(request: Request) -> Any:
+        body = await _body(ScoreRequest, request, limits)
         return await _answer(request, service.score(body))
 
     @app.get("/v1/models")
@@ -176,6 +194,28 @@ def create_app(service: Service, *, api_key: str | None, limits: ServerLimits) -
     return app
 
 
+def _describe(kind: type[_Body]) -> dict[str, Any]:
+    """Return the OpenAPI description of a body, which the routes read themselves."""
+    content = {"application/json": {"schema": kind.model_json_schema()}}
+    return {"requestBody": {"content": content, "required": True}}
+
+
+async def _body(kind: type[_Body], request: Request, limits: ServerLimits) -> _Body:
+    """Return the request's body; FastAPI would parse it on the event loop, whatever its size.
+
+    Raises:
+        RefusedError: If it is not what it should be.
+    """
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    # A page of a foreign site may send any other type without asking the server before.
+    is_json = media_type.startswith("application/") and media_type.endswith(("/json", "+json"))
+    if not is_json:
+        raise RefusedError(
+            422, "the body is not JSON. Send the header Content-Type: application/json."
+        )
+    return await asyncio.to_thread(parse_body, kind, await request.body(), limits)
+
+
 async def _answer(
     request: Request, work: Coroutine[Any, Any, _Result], *, is_tei: bool = False
 ) -> _Result | Response:
@@ -183,9 +223,9 @@ async def _answer(
     try:
         return await _while_connected(request, work)
     except ClientGoneError:
-        return Response(status_code=_CLIENT_GONE)
-    except HTTPException as error:
-        return _error(error.status_code, error.detail, is_tei=is_tei)
+        return Response(status_code=CLIENT_GONE)
+    except RefusedError as error:
+        return _error(error.status, str(error), is_tei=is_tei)
     except Qwen3RerankerError as error:
         return _error(status_of(error), str(error), is_tei=is_tei)
     except Exception as error:
@@ -228,14 +268,24 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     return reply
 
 
-async def _on_invalid_body(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)  # noqa: S101
-    if "json" not in request.headers.get("content-type", ""):
-        return _error(422, "the body is not JSON. Send the header Content-Type: application/json.")
-    return _error(422, describe_faults(error.errors()))
+async def _on_refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RefusedError)  # noqa: S101
+    return _error(error.status, str(error))
 
 
-def serve(reranker: Reranker, name: str, *, host: str, port: int, api_key_file: str | None) -> None:
+def _refuse_host(message: str) -> Response:
+    return _error(421, message)
+
+
+def serve(
+    reranker: Reranker,
+    name: str,
+    *,
+    host: str,
+    port: int,
+    api_key_file: str | None,
+    allowed_hosts: Sequence[str] = (),
+) -> None:
     """Serve until a signal comes; requests begun are finished.
 
     Args:
@@ -244,32 +294,28 @@ def serve(reranker: Reranker, name: str, *, host: str, port: int, api_key_file: 
         host: Address to listen at; a key is needed for any but loopback.
         port: Port to listen at; 0 takes a free one, which the log names.
         api_key_file: File with the key; None takes the environment's, if there is one.
+        allowed_hosts: Names by which requests may call the server, beside its address and those of
+            loopback. A server that other machines reach answers to any name if there are none.
 
     Raises:
         InputError: If other machines could reach a server without a key.
         ModelLoadError: If the weights cannot be loaded.
     """
     api_key = read_api_key(api_key_file)
-    if api_key is None and not _is_loopback(host):
+    if api_key is None and not is_loopback(host):
         raise InputError(
             f"host {host} can be reached by other machines, and there is no API key. Set "
             f"{inputs.API_KEY_VARIABLE}, pass --api-key-file, or use --host 127.0.0.1."
         )
-    inputs.listening(host, port)
+    check_address(host, port)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     for each in ("qwen3_reranker", "uvicorn"):
         logging.getLogger(each).setLevel(logging.INFO)
     limits = ServerLimits()
     service = Service(reranker, name, limits)
-    config = uvicorn.Config(
-        create_app(service, api_key=api_key, limits=limits),
-        host=host,
-        port=port,
-        log_config=None,
-        access_log=False,  # it would write down any path, and so any text in one
-        server_header=False,
-        timeout_graceful_shutdown=_SHUTDOWN_S,
-    )
+    names = [host, *allowed_hosts] if allowed_hosts or is_loopback(host) else None
+    app = create_app(service, api_key=api_key, limits=limits, allowed_hosts=names)
+    config = server_config(app, host=host, port=port, shutdown_s=_SHUTDOWN_S)
     with reranker:
         asyncio.run(_run(uvicorn.Server(config), service))
 
@@ -304,10 +350,3 @@ def read_api_key(file: str | None) -> str | None:
             "with the key."
         ) from error
     return inputs.api_key("the key in the file of --api-key-file", key)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

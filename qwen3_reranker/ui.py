@@ -26,6 +26,7 @@ from . import page
 from .documents import read_documents, split_documents
 from .errors import DataError, InputError, Qwen3RerankerError
 from .hosts import AllowedHosts
+from .listening import server_config
 from .page_guard import Click, PageGuard, Uploads, is_upload, refuse
 from .reranker import Reranker
 from .verbs import BaseReranker
@@ -197,16 +198,9 @@ def serve(
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with reranker, tempfile.TemporaryDirectory() as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
-        server = uvicorn.Config(
-            create_app(reranker, name, Path(folder), allowed_hosts=allowed_hosts),
-            host=HOST,
-            port=port,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=_SHUTDOWN_S,
-        )
-        uvicorn.Server(server).run()
+        app = create_app(reranker, name, Path(folder), allowed_hosts=allowed_hosts)
+        config = server_config(app, host=HOST, port=port, shutdown_s=_SHUTDOWN_S)
+        uvicorn.Server(config).run()
 
 
 def create_app(

@@ -166,7 +166,7 @@ def send(url: str, body: dict[str, Any]) -> socket.socket:
     connection = socket.create_connection((str(parts.hostname), parts.port or 80))
     content = json.dumps(body).encode()
     head = (
-        f"POST /v1/rerank HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+        f"POST /v1/rerank HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
     )
     connection.sendall(head.encode() + content)

@@ -22,12 +22,13 @@ from qwen3_reranker import (
     OverloadedError,
     Reranker,
     TimedOutError,
-    inputs,
 )
 from qwen3_reranker.cli import main
+from qwen3_reranker.hosts import is_loopback
+from qwen3_reranker.listening import check_address
 from qwen3_reranker.packing import Pack
 from qwen3_reranker.protocol import ServerLimits
-from qwen3_reranker.server import Service, _is_loopback, create_app, read_api_key
+from qwen3_reranker.server import Service, create_app, read_api_key
 from tests import fakes
 
 QUERY = "red apple"
@@ -558,7 +559,7 @@ async def test_log_holds_no_text_and_no_key(
 
 
 @pytest.mark.parametrize(
-    ("host", "is_loopback"),
+    ("host", "expected"),
     [
         ("127.0.0.1", True),
         ("127.8.8.8", True),
@@ -571,8 +572,8 @@ async def test_log_holds_no_text_and_no_key(
         ("", False),
     ],
 )
-def test_loopback_is_what_only_this_machine_reaches(host: str, is_loopback: bool) -> None:
-    assert _is_loopback(host) is is_loopback
+def test_loopback_is_what_only_this_machine_reaches(host: str, expected: bool) -> None:
+    assert is_loopback(host) is expected
 
 
 def test_serve_refuses_other_hosts_without_a_key(
@@ -601,7 +602,7 @@ def test_address_that_cannot_be_listened_at_is_told(
         assert main([command, "served", "--port", "70000"]) == 2
         assert "port must be between 0 and 65535, got 70000" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"at no\.invalid, port 0 \((?!Unknown error)"):
-        inputs.listening("no.invalid", 0)
+        check_address("no.invalid", 0)
 
 
 def test_key_comes_from_the_file_or_the_environment(
