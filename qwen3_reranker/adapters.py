@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,11 @@ _SHAPE = (
     "num_attention_heads", "num_key_value_heads", "tie_word_embeddings",
 )  # fmt: skip
 _SAMPLED = 1024
+_CODE = ("megatron_config", "auto_mapping", "layer_replication", "loftq_config", "eva_config",
+         "corda_config", "arrow_config")  # fmt: skip
+"""Settings of an adapter by which peft imports modules by name, or builds other layers."""
+_PLAIN_PATTERN = re.compile(r"(\.\*)?[\w.|()^$\\-]*")
+"""What matches in a moment: after one `.*` names and choices of names, and nothing that repeats."""
 
 
 def fingerprint(full: Any) -> str:
@@ -177,7 +183,14 @@ def _refuse_adapter(full: Any, folder: Path) -> None:
     settings = read_json(folder / "adapter_config.json")
     wanted = "CAUSAL_LM" if hasattr(full, "lm_head") else "SEQ_CLS"
     problem = None
-    if settings.get("task_type") not in (wanted, None):
+    unknown = sorted(name for name in settings if name in _CODE and settings[name])
+    if settings.get("peft_type", "LORA") != "LORA":
+        problem = f"it is of type {settings['peft_type']!r}, not LORA"
+    elif unknown:
+        problem = f"its adapter_config.json sets {', '.join(unknown)}, which is not followed here"
+    elif not all(map(_PLAIN_PATTERN.fullmatch, _patterns(settings))):
+        problem = "it names modules by a pattern that could take for ever to match; list them"
+    elif settings.get("task_type") not in (wanted, None):
         problem = f"it was trained for {settings['task_type']}, this base is {wanted}"
     elif full.config.tie_word_embeddings and {"lm_head", "embed_tokens"} & set(
         settings.get("target_modules") or ()
@@ -188,6 +201,16 @@ def _refuse_adapter(full: Any, folder: Path) -> None:
             f"adapter '{folder}' does not fit the base model: {problem}. Load it on the base it "
             "was trained on, or train it without those modules."
         )
+
+
+def _patterns(settings: dict[str, Any]) -> list[str]:
+    """Return what peft matches as regular expressions against the names of modules."""
+    single = [settings.get(name) for name in ("target_modules", "exclude_modules")]
+    many = [settings.get(name) or () for name in ("rank_pattern", "alpha_pattern")]
+    layers = settings.get("layers_pattern") or ()
+    named = [layers] if isinstance(layers, str) else list(layers)
+    found = [*single, *many[0], *many[1], *named]
+    return [pattern for pattern in found if isinstance(pattern, str)]
 
 
 def recorded_base(folder: Path) -> str | None:

@@ -7,8 +7,8 @@ changes an order. Knows nothing of how it is fitted; `qwen3-finetune calibrate` 
 from __future__ import annotations
 
 import json
-import math
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -47,7 +47,11 @@ class Calibration:
         for name in ("temperature", "bias"):
             value = getattr(self, name)
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not is_number or not math.isfinite(value) or (name == "temperature" and value <= 0):
+            if (
+                not is_number
+                or not abs(value) <= sys.float_info.max
+                or (name == "temperature" and value <= 0)
+            ):
                 bound = " above 0" if name == "temperature" else ""
                 raise InputError(
                     f"{name} of a calibration must be a finite number{bound}, got {value!r}. Fit "

@@ -8,6 +8,10 @@ prompts or scores.
 from __future__ import annotations
 
 import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -118,9 +122,10 @@ def read_config(folder: Path, gguf_file: str | None) -> Any:
         _refuse_decoder(raw.get("model_type"), folder)
     try:
         extra = {} if gguf_file is None else {"gguf_file": gguf_file}
-        config = transformers.AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, **extra
-        )
+        with _alone(folder, gguf_file) as source:
+            config = transformers.AutoConfig.from_pretrained(
+                source, local_files_only=True, trust_remote_code=False, **extra
+            )
     except Exception as error:
         raise ModelLoadError(
             f"the configuration of '{folder}' cannot be read ({type(error).__name__}). Fetch the "
@@ -146,9 +151,10 @@ def read_tokenizer(folder: Path, gguf_file: str | None) -> str:
             raise ModelLoadError(
                 f"'{folder}' has no tokenizer.json. Copy the one of the base model into it."
             )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            folder, gguf_file=gguf_file, trust_remote_code=False
-        )
+        with _alone(folder, gguf_file) as source:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                source, gguf_file=gguf_file, local_files_only=True, trust_remote_code=False
+            )
         state = json.loads(tokenizer.backend_tokenizer.to_str())
     except (OSError, ValueError) as error:
         raise ModelLoadError(
@@ -200,16 +206,17 @@ def read_weights(
             "quantization_config": transformers.GgufConfig(gguf_file=gguf_file, dequantize=True),
         }
     try:
-        full, report = auto.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            attn_implementation=attention,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **extra,
-        )
+        with _alone(folder, gguf_file) as source:
+            full, report = auto.from_pretrained(
+                source,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attention,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **extra,
+            )
     except Exception as error:
         raise ModelLoadError(
             f"the weights in '{folder}' cannot be read ({type(error).__name__}: "
@@ -237,6 +244,21 @@ def read_weights(
             f"random and so would every score. {remedy}"
         )
     return full
+
+
+@contextmanager
+def _alone(folder: Path, gguf_file: str | None) -> Iterator[Path]:
+    """Yield a folder to read from: for a GGUF file, one that holds that file and no other.
+
+    Beside weights that were named alone, transformers would follow an adapter's, a generation's or
+    a tokenizer's configuration, to wherever it leads.
+    """
+    if gguf_file is None:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as alone:
+        os.symlink((folder / gguf_file).resolve(), Path(alone, gguf_file))
+        yield Path(alone)
 
 
 def read_json(file: Path) -> dict[str, Any]:

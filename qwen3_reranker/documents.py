@@ -55,22 +55,22 @@ def _not_blank(parts: list[str]) -> list[str]:
     return [part.strip("\n") for part in parts if part.strip()]
 
 
-def read_documents(path: str) -> list[Document]:
+def read_documents(path: str, *, max_bytes: int | None = None) -> list[Document]:
     """Read documents from a file, plain or ending in .gz or .xz.
 
     A .jsonl file holds a `{"text", "id"?, "title"?}` per line, a .csv file a header with a column
     "text" and maybe "id" and "title", any other file a document per line. `_id`, BEIR's name for
-    it, is an id too.
+    it, is an id too. Of the whole file at most `max_bytes` are read, unpacked; None reads all.
 
     Raises:
         DataError: If the file cannot be read or has a fault.
     """
     name = path.lower().removesuffix(".gz").removesuffix(".xz")
     if name.endswith(".jsonl"):
-        return parse_rows(path, parse_document)
+        return parse_rows(path, parse_document, max_bytes=max_bytes)
     if name.endswith(".csv"):
-        return _read_csv(path)
-    return [Document(str(line), text) for line, text in read_lines(path)]
+        return _read_csv(path, max_bytes)
+    return [Document(str(line), text) for line, text in read_lines(path, max_bytes=max_bytes)]
 
 
 def parse_document(row: dict[str, Any], line: int) -> Document:
@@ -88,9 +88,9 @@ def parse_document(row: dict[str, Any], line: int) -> Document:
     return Document(str(line if id is None else id), row["text"], title or "")
 
 
-def _read_csv(path: str) -> list[Document]:
+def _read_csv(path: str, max_bytes: int | None) -> list[Document]:
     # A blank line may stand inside a quoted text.
-    lines = (f"{text}\n" for _, text in read_lines(path, keep_blank=True))
+    lines = (f"{text}\n" for _, text in read_lines(path, keep_blank=True, max_bytes=max_bytes))
     reader = csv.reader(lines, strict=True)
     documents, faults = [], []
     usual = csv.field_size_limit(_LONGEST_CELL)

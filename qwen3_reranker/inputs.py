@@ -19,7 +19,25 @@ from .prompt import TEMPLATES, PromptTemplate
 API_KEY_VARIABLE = "QWEN3_RERANKER_API_KEY"
 """Where the server looks for the key of its clients, and a client for that of its server."""
 
+_LONGEST_TIMEOUT_S = 1e9
+"""Thirty years; locks and event loops refuse to wait for much longer."""
+
 DTYPES = ("float32", "bfloat16", "float16", "int8", "nf4")
+
+
+def plain(value: str) -> str:
+    """Return a string of exactly the type str, the same object where it is one.
+
+    What a subclass redefines would act inside the prompt: `markupsafe.Markup` escapes the labels
+    that it is joined with.
+
+    Example:
+        >>> class Loud(str):
+        ...     def __add__(self, other): return self.upper()
+        >>> plain(Loud("tea")) + "!"
+        'tea!'
+    """
+    return value if type(value) is str else str.__str__(value)
 
 
 def query(value: Any, name: str = "query") -> str:
@@ -30,13 +48,14 @@ def query(value: Any, name: str = "query") -> str:
     """
     if not isinstance(value, str):
         raise InputError(f"{name} must be a string, got {type(value).__name__}. Pass the text.")
-    if not value.strip():
-        raise InputError(f"{name} is blank ({len(value)} characters). Pass what to look for.")
-    return value
+    text = plain(value)
+    if not text.strip():
+        raise InputError(f"{name} is blank ({len(text)} characters). Pass what to look for.")
+    return text
 
 
 def documents(value: Any, name: str = "documents") -> list[str]:
-    """Return the documents as a list of the caller's own string objects.
+    """Return the documents as a list, of the caller's own objects where they are plain strings.
 
     Raises:
         InputError: If they are not strings in a list or another iterable with an order.
@@ -50,7 +69,7 @@ def documents(value: Any, name: str = "documents") -> list[str]:
             f"{name}[{wrong[0]}] must be a string, got {kind}{others}. Pass the text itself; an "
             "empty string stands for a document without text."
         )
-    return items
+    return list(map(plain, items))
 
 
 def lists(queries: Any, documents_of: Any) -> tuple[list[str], list[list[str]]]:
@@ -110,7 +129,7 @@ def pairs(value: Any) -> list[tuple[str, str]]:
                 f"document of pairs[{i}] must be a string, got {type(item[1]).__name__}. Pass the "
                 "text itself."
             )
-        checked.append((query(item[0], f"query of pairs[{i}]"), item[1]))
+        checked.append((query(item[0], f"query of pairs[{i}]"), plain(item[1])))
     return checked
 
 
@@ -125,7 +144,7 @@ def instruction(value: Any, name: str = "instruction") -> str | None:
             f"{name} must be a string or None, got {type(value).__name__}. Pass one English "
             "sentence that states the task."
         )
-    return value
+    return None if value is None else plain(value)
 
 
 def instructions(value: Any, num_queries: int) -> list[str | None]:
@@ -135,7 +154,7 @@ def instructions(value: Any, num_queries: int) -> list[str | None]:
         InputError: If there are fewer or more than queries, or one is not a string or None.
     """
     if value is None or isinstance(value, str):
-        return [value] * num_queries
+        return [instruction(value)] * num_queries
     if not isinstance(value, (list, tuple)):
         instruction(value)
     if len(value) != num_queries:
@@ -158,9 +177,7 @@ def cut(top_n: Any, score_threshold: Any) -> None:
             "every document."
         )
     if score_threshold is not None and not (
-        isinstance(score_threshold, (int, float, np.floating))
-        and not isinstance(score_threshold, bool)
-        and 0 <= score_threshold <= 1  # false for NaN
+        _is_number(score_threshold) and 0 <= score_threshold <= 1  # false for NaN
     ):
         raise InputError(
             f"score_threshold must be between 0 and 1 or None, got {score_threshold!r}. Scores "
@@ -255,13 +272,13 @@ def timeout(value: Any) -> float | None:
     """
     if value is None:
         return None
-    is_number = isinstance(value, (int, float, np.floating)) and not isinstance(value, bool)
-    if not is_number or not value > 0:  # also NaN
+    if not _is_number(value) or not value > 0:  # also NaN
         raise InputError(
             f"timeout_s must be a number of seconds above 0 or None, got {value!r}. Use None to "
             "wait as long as it takes."
         )
-    return float(value)
+    # What no clock can count is as long as it takes; compared first, as 10**400 is no float.
+    return None if value > _LONGEST_TIMEOUT_S else float(value)
 
 
 def window_score(value: Any) -> Any:
@@ -327,12 +344,18 @@ def path(name: str, value: Any) -> str:
 
 def _items(value: Any, name: str, content: str) -> list[Any]:
     # A string is a sequence of strings, and sets and mappings have no positions to return.
-    if isinstance(value, (str, bytes, Mapping, Set)) or not isinstance(value, Iterable):
-        raise InputError(
-            f"{name} must be a list of {content}, got {type(value).__name__}. Wrap a single item "
-            "in a list."
-        )
-    return list(value)
+    is_single = isinstance(value, (str, bytes, Mapping, Set)) or not isinstance(value, Iterable)
+    if not is_single and getattr(value, "ndim", 1) == 1:  # of arrays, series and tables
+        return list(value)
+    raise InputError(
+        f"{name} must be a list of {content}, got {type(value).__name__}. Wrap a single item in a "
+        "list; of a table pass one column."
+    )
+
+
+def _is_number(value: Any) -> bool:
+    kinds = (int, float, np.floating, np.integer)
+    return isinstance(value, kinds) and not isinstance(value, bool)
 
 
 def _is_int(value: Any) -> bool:

@@ -15,11 +15,14 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, BinaryIO, TypeVar
 
 from .errors import DataError
 
 STDIN = "-"
+MAX_LINE_BYTES = 64 * 1024 * 1024
+"""Of a line, unpacked; no text of a reranker is as long."""
 
 Parsed = TypeVar("Parsed")
 
@@ -39,17 +42,20 @@ class Row:
     fault: str = ""
 
 
-def read_lines(path: str, *, keep_blank: bool = False) -> Iterator[tuple[int, str]]:
+def read_lines(
+    path: str, *, keep_blank: bool = False, max_bytes: int | None = None
+) -> Iterator[tuple[int, str]]:
     """Yield (line number, text) of each line, without its line ending.
 
     Args:
         path: A file, read as gzip or xz if it ends in .gz or .xz, or "-" for standard input.
         keep_blank: Yield blank lines too.
+        max_bytes: Of the whole file, unpacked; None sets no limit.
 
     Raises:
-        DataError: If the file cannot be opened, decompressed or decoded as UTF-8.
+        DataError: If the file cannot be opened, decompressed or decoded as UTF-8, or is too long.
     """
-    for number, raw in _raw_lines(path):
+    for number, raw in _raw_lines(path, max_bytes):
         try:
             text = _decode(number, raw)
         except UnicodeDecodeError as error:
@@ -58,13 +64,13 @@ def read_lines(path: str, *, keep_blank: bool = False) -> Iterator[tuple[int, st
             yield number, text
 
 
-def read_rows(path: str) -> Iterator[Row]:
+def read_rows(path: str, *, max_bytes: int | None = None) -> Iterator[Row]:
     """Yield each JSON line as an object or a fault; every line that is not blank is accounted for.
 
     Raises:
         DataError: If the file cannot be opened or decompressed.
     """
-    for line, raw in _raw_lines(path):
+    for line, raw in _raw_lines(path, max_bytes):
         try:
             text = _decode(line, raw)
             if not text.strip():
@@ -93,18 +99,24 @@ def read_rows(path: str) -> Iterator[Row]:
                 yield Row(line, None, f"must be an object, got {type(content).__name__}")
 
 
-def parse_rows(path: str, parse: Callable[[dict[str, Any], int], Parsed]) -> list[Parsed]:
+def parse_rows(
+    path: str,
+    parse: Callable[[dict[str, Any], int], Parsed],
+    *,
+    max_bytes: int | None = None,
+) -> list[Parsed]:
     """Parse every row of a file, or report every fault of it.
 
     Args:
         path: As `read_lines`.
         parse: Called with the object and its line number; raises ValueError to refuse it.
+        max_bytes: As `read_lines`.
 
     Raises:
         DataError: If the file has a fault or no rows; the first twenty faults are listed.
     """
     parsed, faults = [], []
-    for row in read_rows(path):
+    for row in read_rows(path, max_bytes=max_bytes):
         try:
             if row.content is None:
                 raise ValueError(row.fault)
@@ -126,11 +138,23 @@ def faults_error(path: str, faults: Sequence[str]) -> DataError:
     return DataError("\n  ".join(lines))
 
 
-def _raw_lines(path: str) -> Iterator[tuple[int, bytes]]:
-    number = 0
+def _raw_lines(path: str, max_bytes: int | None = None) -> Iterator[tuple[int, bytes]]:
+    number = read = 0
     try:
         with _open(path) as file:
-            for number, raw in enumerate(file, 1):
+            # Never more than a line's limit at once: a few packed kilobytes hold gigabytes.
+            for number, raw in enumerate(iter(partial(file.readline, MAX_LINE_BYTES + 1), b""), 1):
+                read += len(raw)
+                if len(raw) > MAX_LINE_BYTES:
+                    raise DataError(
+                        f"{path} line {number} has more than {MAX_LINE_BYTES} bytes, which no "
+                        "document needs. Check the file, or cut the line."
+                    )
+                if max_bytes is not None and read > max_bytes:
+                    raise DataError(
+                        f"{path} has more than {max_bytes} bytes when unpacked, too many here. "
+                        "Pass a smaller file."
+                    )
                 yield number, raw
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__

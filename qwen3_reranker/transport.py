@@ -37,6 +37,8 @@ except ModuleNotFoundError as error:
     raise MissingExtraError.of("RemoteReranker", error.name, "remote") from error
 
 MAX_REPLY_BYTES = 16 * 1024 * 1024
+_MOST_NODES = 400_000
+"""Lists and objects of a reply: 50 MB at most, once parsed."""
 _ATTEMPTS = 3
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 8.0
 _LONGEST_WAIT_S = 300.0
@@ -133,7 +135,11 @@ class Connection:
             return
         pid = os.getpid()
         self._client = httpx.Client(
-            headers={**self._headers, "Content-Type": "application/json"},
+            headers={
+                **self._headers,
+                "Content-Type": "application/json",
+                "Accept-Encoding": "identity",  # a few packed bytes would hold gigabytes
+            },
             follow_redirects=False,
             verify=_certificates(),
             limits=httpx.Limits(
@@ -201,12 +207,13 @@ class Connection:
             raise _TransientError(_unreachable(error)) from error
         except httpx.TimeoutException as error:
             raise _late() from error
-        except httpx.DecodingError as error:
-            raise RemoteProtocolError(
-                "the server's reply cannot be decompressed. Look at the proxies between."
-            ) from error
         except httpx.TransportError as error:
             raise _TransientError(_unreachable(error)) from error
+        if received.count(b"[") + received.count(b"{") > _MOST_NODES:
+            raise RemoteProtocolError(
+                f"the server's reply has more than {_MOST_NODES} lists and objects, which no "
+                "ranking has. Check that the URL is a rerank server's."
+            )
         try:
             return json.loads(received)
         except (ValueError, RecursionError) as error:
@@ -238,8 +245,14 @@ def _close(client: httpx.Client, threads: _Threads, pid: int) -> None:
 
 
 def _read(reply: httpx.Response, deadline: float) -> bytes:
+    encoding = reply.headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        raise RemoteProtocolError(
+            "the server's reply is compressed, which it was asked not to be, and is not unpacked. "
+            "Look at the proxies between."
+        )
     parts, size = [], 0
-    for part in reply.iter_bytes():
+    for part in reply.iter_raw():
         parts.append(part)
         size += len(part)
         if size > MAX_REPLY_BYTES:

@@ -53,6 +53,7 @@ _THEME = gr.themes.Base(
     button_primary_background_fill_dark="*primary_700",
     button_primary_background_fill_hover_dark="*primary_800",
 )
+_MAX_UNPACKED = 64 * 1024 * 1024
 _SHUTDOWN_S = 2  # a page that is open keeps its connection, and would keep the process
 _WAITING = 16  # clicks; each may hold 8 MB of text
 _SESSIONS = 32  # whose last texts Gradio keeps; nothing is lost with them
@@ -175,7 +176,7 @@ def rerank(
 
 def _read_upload(file: str) -> list[str]:
     try:
-        return [document.text for document in read_documents(file)]
+        return [document.text for document in read_documents(file, max_bytes=_MAX_UNPACKED)]
     except DataError as error:
         # Whoever chose the file knows its name, not where it is kept.
         raise DataError(str(error).replace(file, Path(file).name)) from error
