@@ -35,7 +35,7 @@ _SHAPE = (
     "num_attention_heads", "num_key_value_heads", "tie_word_embeddings",
 )  # fmt: skip
 _SAMPLED = 1024
-_CODE = ("megatron_config", "auto_mapping", "layer_replication", "loftq_config", "eva_config",
+_CODE = ("megatron_config", "layer_replication", "loftq_config", "eva_config",
          "corda_config", "arrow_config")  # fmt: skip
 """Settings of an adapter by which peft imports modules by name, or builds other layers."""
 _PLAIN_PATTERN = re.compile(r"(\.\*)?[\w.|()^$\\-]*")

@@ -21,7 +21,8 @@ class RankedDocument:
 
     Attributes:
         index: Position in the caller's list.
-        document: The caller's own string object; left out of `repr`, which ends up in logs.
+        document: The caller's own object where that is a plain string, else its characters; left
+            out of `repr`, which ends up in logs.
         score: P("yes") between 0 and 1, calibrated if the reranker has a calibration.
         log_odds: logit(yes) - logit(no), the model's own whatever the calibration; does not
             saturate, so it is what the list is sorted by.

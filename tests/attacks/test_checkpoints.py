@@ -37,7 +37,6 @@ def adapter(folder: Path, **settings: Any) -> Path:
     "settings",
     [
         {"megatron_config": {"a": 1}, "megatron_core": "payload"},
-        {"auto_mapping": {"base_model_class": "x", "parent_library": "payload"}},
         {"layer_replication": [[0, 1000]]}, {"loftq_config": {"x": 1}}, {"eva_config": {"x": 1}},
         {"corda_config": {"x": 1}}, {"arrow_config": {"x": 1}}, {"peft_type": "PROMPT_TUNING"},
         {"target_modules": "(a+)+$"}, {"target_modules": "(q|q_proj)*x"},
