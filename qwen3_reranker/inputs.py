@@ -344,13 +344,12 @@ def path(name: str, value: Any) -> str:
 
 def _items(value: Any, name: str, content: str) -> list[Any]:
     # A string is a sequence of strings, and sets and mappings have no positions to return.
-    is_single = isinstance(value, (str, bytes, Mapping, Set)) or not isinstance(value, Iterable)
-    if not is_single and getattr(value, "ndim", 1) == 1:  # of arrays, series and tables
-        return list(value)
-    raise InputError(
-        f"{name} must be a list of {content}, got {type(value).__name__}. Wrap a single item in a "
-        "list; of a table pass one column."
-    )
+    remedy = "Wrap a single item in a list."
+    if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping, Set)):
+        if getattr(value, "ndim", 1) == 1:  # of arrays, series and tables
+            return list(value)
+        remedy = "Pass one column, of one dimension."
+    raise InputError(f"{name} must be a list of {content}, got {type(value).__name__}. {remedy}")
 
 
 def _is_number(value: Any) -> bool:
