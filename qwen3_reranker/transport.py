@@ -38,7 +38,7 @@ except ModuleNotFoundError as error:
 
 MAX_REPLY_BYTES = 16 * 1024 * 1024
 _MOST_NODES = 400_000
-"""Lists and objects of a reply: 50 MB at most, once parsed."""
+"""Lists and objects of a reply; its strings, numbers and keys are bounded by its bytes alone."""
 _ATTEMPTS = 3
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 8.0
 _LONGEST_WAIT_S = 300.0
