@@ -23,6 +23,8 @@ from .errors import DataError
 STDIN = "-"
 MAX_LINE_BYTES = 64 * 1024 * 1024
 """Of a line, unpacked; no text of a reranker is as long."""
+_MOST_LINES = 100_000
+"""Of a file that is limited: a line takes some hundred bytes of memory, however short it is."""
 
 Parsed = TypeVar("Parsed")
 
@@ -50,7 +52,8 @@ def read_lines(
     Args:
         path: A file, read as gzip or xz if it ends in .gz or .xz, or "-" for standard input.
         keep_blank: Yield blank lines too.
-        max_bytes: Of the whole file, unpacked; None sets no limit.
+        max_bytes: Of the whole file, unpacked, which may then have 100,000 lines, too; None sets no
+            limit.
 
     Raises:
         DataError: If the file cannot be opened, decompressed or decoded as UTF-8, or is too long.
@@ -154,6 +157,11 @@ def _raw_lines(path: str, max_bytes: int | None = None) -> Iterator[tuple[int, b
                     raise DataError(
                         f"{path} has more than {max_bytes} bytes when unpacked, too many here. "
                         "Pass a smaller file."
+                    )
+                if max_bytes is not None and number > _MOST_LINES:
+                    raise DataError(
+                        f"{path} has more than {_MOST_LINES} lines, too many here. Pass a smaller "
+                        "file."
                     )
                 yield number, raw
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:

@@ -139,7 +139,9 @@ def _packed(folder: Path, name: str, megabytes: int, line: bytes) -> Path:
 
 @pytest.mark.parametrize("ending", [".gz", ".xz"])
 @pytest.mark.parametrize("kind", [".txt", ".jsonl", ".csv"])
-@pytest.mark.parametrize("line", [b" ", b"x" * 1023 + b"\n"], ids=["one line", "lines"])
+@pytest.mark.parametrize(
+    "line", [b" ", b"x" * 1023 + b"\n", b"x\n"], ids=["one line", "lines", "short lines"]
+)
 def test_small_file_that_unpacks_to_gigabytes_is_refused(
     tmp_path: Path, ending: str, kind: str, line: bytes
 ) -> None:
