@@ -63,8 +63,9 @@ soak: .venv/test
 	$(BIN)/python -m tests.soak --minutes $(MINUTES)
 
 # Every branch of what no score may go wrong in, by its unit tests alone.
-COVERED = prompt tokenization packing request faults engine waiting
-BY = prompt vllm_command tokenization packing engine faults closing score_cache reranker waiting
+COVERED = prompt unicode tokenization packing request faults engine turns futures waiting
+BY = prompt vllm_command tokenization packing engine faults closing score_cache reranker waiting \
+	turns futures
 coverage: .venv/test
 	$(BIN)/coverage run --branch --data-file=.venv/coverage \
 		--include="$(shell echo $(COVERED:%=qwen3_reranker/%.py) | tr ' ' ,)" \

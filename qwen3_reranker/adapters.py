@@ -35,7 +35,7 @@ _SHAPE = (
     "num_attention_heads", "num_key_value_heads", "tie_word_embeddings",
 )  # fmt: skip
 _SAMPLED = 1024
-_CODE = ("megatron_config", "layer_replication", "loftq_config", "eva_config",
+_REFUSED_SETTINGS = ("megatron_config", "layer_replication", "loftq_config", "eva_config",
          "corda_config", "arrow_config")  # fmt: skip
 """Settings of an adapter by which peft imports modules by name, or builds other layers."""
 _PLAIN_PATTERN = re.compile(r"(\.\*)?[\w.|()^$\\-]*")
@@ -115,7 +115,7 @@ def recorded_template(asked: PromptTemplate | None, folder: Path) -> PromptTempl
         ) from error
     known = asked or TEMPLATES.get(recorded_id)
     if known is None or (known.id, known.hash) != (recorded_id, recorded_hash):
-        here = f"{known.id!r} ({known.hash[:12]})" if known else "unknown"
+        here = f"{known.id!r} ({known.hash[:12]})" if known else "refused"
         raise ModelLoadError(
             f"'{folder}' was trained with template {recorded_id!r} "
             f"({recorded_hash[:12]}), but the prompt here is {here}, which would change its "
@@ -183,11 +183,11 @@ def _refuse_adapter(full: Any, folder: Path) -> None:
     settings = read_json(folder / "adapter_config.json")
     wanted = "CAUSAL_LM" if hasattr(full, "lm_head") else "SEQ_CLS"
     problem = None
-    unknown = sorted(name for name in settings if name in _CODE and settings[name])
+    refused = sorted(name for name in settings if name in _REFUSED_SETTINGS and settings[name])
     if settings.get("peft_type", "LORA") != "LORA":
         problem = f"it is of type {settings['peft_type']!r}, not LORA"
-    elif unknown:
-        problem = f"its adapter_config.json sets {', '.join(unknown)}, which is not followed here"
+    elif refused:
+        problem = f"its adapter_config.json sets {', '.join(refused)}, which is not followed here"
     elif not all(map(_PLAIN_PATTERN.fullmatch, _patterns(settings))):
         problem = "it names modules by a pattern that could take for ever to match; list them"
     elif settings.get("task_type") not in (wanted, None):

@@ -12,12 +12,8 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
-import unicodedata
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import TypeAlias
 
 import numpy as np
@@ -25,9 +21,9 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from .errors import InputError, ModelLoadError
-from .inputs import repaired
 from .prompt import CHATML, QWEN3_RERANKER, PromptTemplate
 from .steps import Steps, finish
+from .unicode import beginning, repair_surrogates
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +153,7 @@ class PromptTokenizer:
         """
         if instruction is None:
             instruction = self.template.default_instruction
-        texts, repaired = _repair_surrogates([instruction, query])
+        texts, repaired = repair_surrogates([instruction, query])
         ids, is_cut = yield from self._beginnings(
             [self.template.head(*texts)], max_length + _COUNTED
         )
@@ -173,7 +169,7 @@ class PromptTokenizer:
         shared = _common_length(ids[0], self._encode(self.template.beginning(texts[0])))
         encoded, truncated = [], []
         for chunk in _chunks(documents, self._first_chars(room)):
-            fixed, count = _repair_surrogates([documents[i] for i in chunk])
+            fixed, count = repair_surrogates([documents[i] for i in chunk])
             repaired += count
             bodies, cut = yield from self._beginnings([" " + text for text in fixed], room)
             encoded += [np.concatenate([body, self.suffix]) for body in bodies]
@@ -186,10 +182,10 @@ class PromptTokenizer:
 
     def cut_steps(self, document: str, max_tokens: int) -> Steps[str]:
         """Return a document without what is past its first tokens; only its beginning is read."""
-        (text,), _ = _repair_surrogates([document])
+        (text,), _ = repair_surrogates([document])
         num_chars = self._first_chars(max_tokens)
         while True:
-            part = _beginning(text, num_chars)
+            part = beginning(text, num_chars)
             spans = yield from self.span_steps(part)
             if len(part) == len(text) or len(spans) >= max_tokens + _MARGIN:
                 break
@@ -202,7 +198,7 @@ class PromptTokenizer:
         A document longer than 128,000 characters is read part by part; where two parts meet, a
         token may be split in two.
         """
-        (text,), _ = _repair_surrogates([" " + document])
+        (text,), _ = repair_surrogates([" " + document])
         found, start = [], 0
         while start < len(text):
             part = text[start : start + _SPAN_CHARS]
@@ -237,7 +233,7 @@ class PromptTokenizer:
             unfinished = []
             for chunk in _chunks([texts[i] for i in waiting], num_chars):
                 rows = [waiting[i] for i in chunk]
-                parts = [_beginning(texts[i], num_chars) for i in rows]
+                parts = [beginning(texts[i], num_chars) for i in rows]
                 # encode_batch_fast releases the GIL; encode holds it for the whole text.
                 encodings = self._plain.encode_batch_fast(parts, add_special_tokens=False)
                 for i, encoding in zip(rows, encodings, strict=True):
@@ -336,56 +332,6 @@ def _chunks(texts: Sequence[str], num_chars: int) -> Iterator[range]:
         read += length
     if start < len(texts):
         yield range(start, len(texts))
-
-
-def _beginning(text: str, num_chars: int) -> str:
-    """Return what the first ids of a text are made of: its first `num_chars` characters or more.
-
-    NFC sorts a run of combining marks as a whole, by their class, so a run cut in two would change
-    even its first ids. Of a run that goes on past the end, as many marks of each class are kept as
-    could be read: those behind them have none that they could move in front of.
-    """
-    if num_chars >= len(text) or not unicodedata.combining(text[num_chars]):
-        return text[:num_chars]
-    first = num_chars
-    while first and unicodedata.combining(text[first - 1]):
-        first -= 1
-    kept: list[str] = []
-    start = first
-    counts: Counter[int] = Counter()
-    while start < len(text):  # a window at a time: a run of millions takes milliseconds
-        window = text[start : start + _CHUNK_CHARS]
-        kinds = _combining_classes()[np.frombuffer(window.encode("utf-32-le"), np.uint32)]
-        ends = np.flatnonzero(kinds == 0)
-        kinds = kinds[: ends[0]] if len(ends) else kinds
-        places = [np.empty(0, np.int64)]
-        for kind in np.unique(kinds).tolist():
-            places.append(np.flatnonzero(kinds == kind)[: num_chars - counts[kind]])
-            counts[kind] += len(places[-1])
-        kept += [window[place] for place in np.sort(np.concatenate(places)).tolist()]
-        if len(ends):
-            break
-        start += len(window)
-    return text[:first] + "".join(kept)
-
-
-@cache
-def _combining_classes() -> NDArray[np.uint8]:
-    """Return the canonical combining class of each code point; 0 is no combining mark."""
-    return np.array([unicodedata.combining(chr(i)) for i in range(sys.maxunicode + 1)], np.uint8)
-
-
-def _repair_surrogates(texts: Sequence[str]) -> tuple[list[str], int]:
-    """Join surrogate pairs, replace lone surrogates by U+FFFD, and count the texts changed."""
-    fixed, count = [], 0
-    for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            text = repaired(text)
-            count += 1
-        fixed.append(text)
-    return fixed, count
 
 
 # Beginnings and ends that merge badly elsewhere: spaces, newlines, punctuation, marks, digits,

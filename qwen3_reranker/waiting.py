@@ -99,15 +99,11 @@ async def await_until(job: Job, submit: Submit[Result]) -> Result:
     loop = asyncio.get_running_loop()
     woken = loop.create_future()
 
-    def wake() -> None:
-        if not woken.done():  # cancelled meanwhile
-            woken.set_result(None)
-
-    def wake_from_another_thread() -> None:
+    def wake() -> None:  # called once, from another thread
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
-            loop.call_soon_threadsafe(wake)
+            loop.call_soon_threadsafe(woken.set_result, None)
 
-    future = submit(wake_from_another_thread)
+    future = submit(wake)
     try:
         # Not wait_for: its TimeoutError would have to be told from the work's own, and uvloop's
         # timers come half a millisecond early.

@@ -1,7 +1,7 @@
 """Crowds: many callers with much, beside one with little; timers that come early; broken observers.
 
 The network is a fake that takes as long as it is told, so that what is measured is who waits for
-whom. `python -m benchmarks.fairness` measures the same with a real one.
+whom.
 """
 
 from __future__ import annotations

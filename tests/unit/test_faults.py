@@ -136,6 +136,22 @@ def test_budget_grows_again_when_memory_was_short_for_a_while(make: Callable[...
     assert sizes[65:-1] == [24] * len(sizes[65:-1]) != []
 
 
+def test_budget_doubles_until_it_is_what_it_was(make: Callable[..., Engine]) -> None:
+    sizes: list[int] = []
+
+    def score(pack: Pack) -> NDArray[np.float32]:
+        sizes.append(len(pack.token_ids))
+        if len(sizes) <= 2:  # the pack, and its first half
+            raise MemoryError
+        return last_id(pack)
+
+    engine = make(score, budget=Budget(24, max_attention_tokens=96))
+    documents = list(range(1, 3000))
+    assert log_odds(engine.submit([group(*documents)])) == [documents]
+    largest = [max(sizes[start : start + 40]) for start in (10, 80, 160)]
+    assert largest[0] < largest[1] < largest[2] == 24
+
+
 def test_pack_beyond_the_budget_that_does_not_fit_leaves_the_budget_alone(
     make: Callable[..., Engine],
 ) -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from qwen3_reranker import TEMPLATES, InputError, ModelLoadError
+from qwen3_reranker.steps import finish
 from qwen3_reranker.tokenization import EncodedGroup, PromptTokenizer, _common_length
 from tests import official, real_parts, texts
 
@@ -426,3 +427,29 @@ def test_tokenizer_whose_text_spells_a_control_token_is_refused() -> None:
 def test_broken_tokenizer_file_is_refused(content: str) -> None:
     with pytest.raises(ModelLoadError, match=r"tokenizer\.json cannot be parsed"):
         PromptTokenizer(content)
+
+
+@pytest.mark.parametrize("text", ["word " * 3000, " " * 50_000, "e" + "\u0301" * 5000])
+def test_cut_text_ends_with_its_last_token(text: str) -> None:
+    cut = finish(TOKENIZER.cut_steps(text, 5))
+    assert text.startswith(cut)
+    assert len(TOKENIZER.token_spans(cut)) == 5
+
+
+def test_text_of_few_tokens_is_not_cut() -> None:
+    for text in ("", "one two", "a \ud83d half"):
+        assert finish(TOKENIZER.cut_steps(text, 10)) is text
+
+
+def test_query_that_is_far_too_long_is_not_counted_to_its_end() -> None:
+    with pytest.raises(InputError, match=r"take more than \d+ tokens"):
+        encode("1" * 100_000, ["d"], max_length=512)
+
+
+def test_marks_that_nothing_stands_before_or_behind_are_read() -> None:
+    run = "\u0301" * 200_000  # more than one window, to the end of the text
+    whole = full_ids(" " + run[:100_000])
+    group = encode("q", [run], max_length=512)
+    ids = group.documents[0][:-9].tolist()
+    assert ids == whole[: len(ids)]
+    assert group.truncated == [True]

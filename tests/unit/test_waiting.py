@@ -192,3 +192,42 @@ def test_close_fails_calls_that_wait_and_finishes_the_forward_in_flight(
         check_ranking(in_flight.result(10), FRUIT)
         closing.result(10)
     assert len(network.packs) == 1
+
+
+def test_call_beside_a_bar_is_late_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwen3_reranker.waiting._is_watched", lambda: True)
+    model = fakes.FakeModel(network=Slow(), budget=Budget(120))
+    with fakes.loaded(monkeypatch, model):
+        with pytest.raises(TimedOutError, match="not scored within timeout_s"):
+            Reranker("model").rank(QUERY, [f"pear {i}" for i in range(100)], timeout_s=0.15)
+        check_ranking(Reranker("model").rank(QUERY, FRUIT), FRUIT)
+    assert len(model.network.packs) < 10, "what was left was dropped"
+
+
+def test_error_of_the_model_that_is_a_timeout_stays_what_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Failing(fakes.FakeNetwork):
+        def score(self, pack: Pack) -> NDArray[np.float32]:
+            raise TimeoutError("of a file system")
+
+    with (
+        fakes.loaded(monkeypatch, fakes.FakeModel(Failing())),
+        pytest.raises(TimeoutError, match="of a file system"),
+    ):
+        Reranker("model").rank(QUERY, FRUIT, timeout_s=60)
+
+
+async def test_result_that_comes_when_the_caller_has_left_wakes_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    network = WaitingNetwork()
+    with fakes.loaded(monkeypatch, fakes.FakeModel(network)):
+        reranker = Reranker("model")
+        task = asyncio.create_task(reranker.arank(QUERY, FRUIT))
+        assert await asyncio.to_thread(network.started.wait, 10)
+        task.cancel()
+        network.go.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        check_ranking(await reranker.arank(QUERY, FRUIT), FRUIT)
