@@ -11,7 +11,10 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-_LINKED = ("CHANGELOG.md", "CONTRIBUTING.md", "Dockerfile", "compose.yaml", "benchmarks/RESULTS.md")
+_LINKED = (
+    "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "Dockerfile", "compose.yaml",
+    "benchmarks/RESULTS.md",
+)  # fmt: skip
 
 
 def on_files(files: Files, config: Any) -> Files:

@@ -115,7 +115,7 @@ def recorded_template(asked: PromptTemplate | None, folder: Path) -> PromptTempl
         ) from error
     known = asked or TEMPLATES.get(recorded_id)
     if known is None or (known.id, known.hash) != (recorded_id, recorded_hash):
-        here = f"{known.id!r} ({known.hash[:12]})" if known else "refused"
+        here = f"{known.id!r} ({known.hash[:12]})" if known else "unknown"
         raise ModelLoadError(
             f"'{folder}' was trained with template {recorded_id!r} "
             f"({recorded_hash[:12]}), but the prompt here is {here}, which would change its "
