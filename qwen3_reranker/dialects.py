@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from time import monotonic
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
-from .errors import InputError, RemoteError, RemoteProtocolError, TimedOutError
+from .errors import InputError, RemoteError, RemoteProtocolError
 from .inputs import repaired
 from .prompt import QWEN3_RERANKER
 from .results import probability
-from .transport import Connection
+from .transport import Connection, Line
 
 logger = logging.getLogger(__name__)
 
@@ -29,12 +28,15 @@ _PROBE_QUERY, _PROBE_DOCUMENT = "a", "b"
 # around them has more than 60, and an instruction that is read has one for each of its words.
 _FEWEST_OF_A_TEMPLATE = 16
 _PROBE_WORDS, _FEW_WORDS = 256, 64
+_MOST_TOKENS = 10**9  # of any prompt; more is no count
 _LEAST = 1e-300  # log-odds of it are finite, and so is their exponential
 _NOT_UNDERSTOOD = frozenset({400, 422})
 _NOT_HERE = _NOT_UNDERSTOOD | {404, 405}
 """Statuses of a server that has no such path, or does not understand the shape."""
 _Way: TypeAlias = tuple[str, str]
 """Where requests go and what the documents are called there."""
+_Post: TypeAlias = Callable[[str, dict[str, Any]], Awaitable[Any]]
+"""Posts a body to a URL and returns the reply."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,77 +88,71 @@ class Endpoint:
         self._prompt_mode = prompt_mode
         self._max_tokens_per_doc = max_tokens_per_doc
         self._dialect: Dialect | None = None
-        self._lock = threading.Lock()
 
-    def score(
+    async def score(
         self,
+        line: Line,
         instruction: str | None,
         query: str,
         documents: Sequence[str],
-        deadline: float,
-        gone: threading.Event | None = None,
+        deadline: float | None,
     ) -> list[RemoteScore]:
-        """Score documents with one request.
+        """Score documents with one request, when a place is free.
 
         Args:
+            line: Makes the request.
             instruction: Task sentence; None leaves it to the server.
             query: The query.
             documents: The documents.
-            deadline: When the request is given up, on the monotonic clock.
-            gone: Set when nobody waits any more.
+            deadline: When the call is given up, on the monotonic clock; None for never.
 
         Raises:
             InputError: If the server does not read the instruction.
-            Qwen3RerankerError: As `Connection.post`.
+            Qwen3RerankerError: As `Line.post`.
             RemoteProtocolError: If the reply is not one score for each document.
         """
-        dialect = self._ask(deadline)
-        if instruction is not None and self._prompt_mode == "server":
-            _check_instruction_is_read(dialect)
-        body = self._body(dialect.field, instruction, query, documents)
-        if self._max_tokens_per_doc is not None:
-            body["max_tokens_per_doc"] = self._max_tokens_per_doc
-        answer = self.connection.post(dialect.url, body, deadline, gone)
+        async with line.places:
+            dialect = await self._ask(line, deadline)
+            if instruction is not None and self._prompt_mode == "server":
+                _check_instruction_is_read(dialect)
+            body = self._body(dialect.field, instruction, query, documents)
+            if self._max_tokens_per_doc is not None:
+                body["max_tokens_per_doc"] = self._max_tokens_per_doc
+            answer = await line.post(dialect.url, body, deadline)
         return read_scores(answer, len(documents))
 
-    def _ask(self, deadline: float) -> Dialect:
+    async def _ask(self, line: Line, deadline: float | None) -> Dialect:
         """Return what the server understands; concurrent first calls ask once."""
-        if self._dialect is not None:
-            return self._dialect
-        left = min(deadline - monotonic(), threading.TIMEOUT_MAX)
-        if not self._lock.acquire(timeout=max(left, 0)):
-            raise TimedOutError("the server did not answer within timeout_s. Allow more time.")
-        try:
-            if self._dialect is None:
-                self._dialect = self._probe(deadline)
-            return self._dialect
-        finally:
-            self._lock.release()
+        if self._dialect is None:
+            async with line.first:
+                if self._dialect is None:
+                    self._dialect = await self._probe(partial(line.post, deadline=deadline))
+        return self._dialect
 
-    def _probe(self, deadline: float) -> Dialect:
+    async def _probe(self, post: _Post) -> Dialect:
         ways = [(f"{self._url}/v1/rerank", "documents")]
         if self._url.endswith("/rerank"):
             ways = [(self._url, "documents"), (self._url, "texts")]
         else:
             ways += [(f"{self._url}/rerank", "documents"), (f"{self._url}/rerank", "texts")]
         if self._prompt_mode == "client":
-            way, tokens = self._first_answer(ways, 0, deadline)
+            way, tokens = await self._first_answer(post, ways, 0)
             self._check_template(tokens)
             return Dialect(*way, reads_instruction=False)
         try:
-            way, tokens = self._first_answer(ways, _PROBE_WORDS, deadline)
+            way, tokens = await self._first_answer(post, ways, _PROBE_WORDS)
             reads_instruction = tokens is not None and tokens >= _PROBE_WORDS
         except RemoteError as error:
             if error.status not in _NOT_UNDERSTOOD:
                 raise
             # It may read short prompts only.
-            way, tokens = self._first_answer(ways, 0, deadline)
-            reads_instruction = self._reads_more(way, tokens, deadline)
+            way, tokens = await self._first_answer(post, ways, 0)
+            reads_instruction = await self._reads_more(post, way, tokens)
         self._check_template(tokens)
         return Dialect(*way, reads_instruction)
 
-    def _first_answer(
-        self, ways: Sequence[_Way], num_words: int, deadline: float
+    async def _first_answer(
+        self, post: _Post, ways: Sequence[_Way], num_words: int
     ) -> tuple[_Way, int | None]:
         """Ask one way after the other, with an instruction of so many words or none.
 
@@ -172,7 +168,7 @@ class Endpoint:
         refusals: list[RemoteError] = []
         for url, field in ways:
             try:
-                answer = self.connection.post(url, question | {field: [_PROBE_DOCUMENT]}, deadline)
+                answer = await post(url, question | {field: [_PROBE_DOCUMENT]})
             except RemoteError as error:
                 if error.status not in _NOT_HERE:
                     raise
@@ -182,10 +178,10 @@ class Endpoint:
             return (url, field), _prompt_tokens(answer)
         raise min(refusals, key=lambda refusal: refusal.status not in _NOT_UNDERSTOOD)
 
-    def _reads_more(self, way: _Way, tokens: int | None, deadline: float) -> bool:
+    async def _reads_more(self, post: _Post, way: _Way, tokens: int | None) -> bool:
         """Say whether a short instruction, in the default one's place, makes a prompt longer."""
         try:
-            _, more = self._first_answer([way], _FEW_WORDS, deadline)
+            _, more = await self._first_answer(post, [way], _FEW_WORDS)
         except RemoteError as error:
             if error.status not in _NOT_UNDERSTOOD:
                 raise
@@ -247,7 +243,7 @@ def _prompt_tokens(answer: Any) -> int | None:
     if not isinstance(usage, dict):
         return None
     tokens = usage.get("prompt_tokens", usage.get("total_tokens"))
-    return tokens if isinstance(tokens, int) else None
+    return tokens if type(tokens) is int and 0 <= tokens <= _MOST_TOKENS else None
 
 
 def read_scores(answer: Any, count: int) -> list[RemoteScore]:

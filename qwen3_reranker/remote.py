@@ -10,36 +10,26 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, ClassVar, Literal, TypeAlias
 from urllib.parse import urlsplit
 
 from . import inputs
 from .dialects import Endpoint, PromptMode, RemoteScore
-from .errors import ClosedError, InputError, Qwen3RerankerError, TimedOutError
+from .errors import ClosedError, InputError, Qwen3RerankerError
+from .futures import LockFreeFuture
 from .jobs import Job, Scored
 from .results import RankedDocument
-from .transport import Connection, is_address
+from .transport import Connection, Line, is_address
 from .verbs import BaseReranker
+from .waiting import await_until, wait_until
 
 logger = logging.getLogger(__name__)
 
 OnError = Literal["raise", "keep_order"]
 _Prompt: TypeAlias = tuple[str | None, str]
 """Instruction and query."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """A request of a call: some distinct documents of one prompt."""
-
-    prompt: _Prompt
-    documents: list[str]
-    future: Future[list[RemoteScore]]
-    gone: threading.Event
 
 
 class RemoteReranker(BaseReranker):
@@ -149,45 +139,17 @@ class RemoteReranker(BaseReranker):
         return self._endpoint
 
     def _score(self, job: Job) -> Scored:
-        parts = self._submit(job)
-        try:
-            futures = [part.future for part in parts]
-            done, _ = wait(futures, job.seconds_left(), return_when=FIRST_EXCEPTION)
-            return _join(job, parts, done)
-        finally:
-            _give_up(parts)
+        return wait_until(job, partial(self._submit, job))
 
     async def _ascore(self, job: Job) -> Scored:
-        parts = self._submit(job)
-        waiting = [asyncio.wrap_future(part.future) for part in parts]
-        try:
-            if waiting:
-                await asyncio.wait(
-                    waiting, timeout=job.seconds_left(), return_when=asyncio.FIRST_EXCEPTION
-                )
-            return _join(job, parts, {part.future for part in parts if part.future.done()})
-        finally:
-            _give_up(parts)
-            for future in waiting:
-                if not future.cancel() and not future.cancelled():
-                    future.exception()  # seen, or asyncio would complain that nobody looked
+        return await await_until(job, partial(self._submit, job))
 
-    def _submit(self, job: Job) -> list[_Part]:
-        """Send each prompt's distinct documents, as many to a request as may be."""
+    def _submit(
+        self, job: Job, on_done: Callable[[], object] | None = None
+    ) -> LockFreeFuture[Scored]:
         endpoint = self._open_endpoint()
-        size = self._settings["max_documents_per_request"]
-        deadline = float("inf") if job.deadline is None else job.deadline
-        wanted: dict[_Prompt, dict[str, None]] = {}
-        for prompt, documents in zip(_prompts(job), job.documents, strict=True):
-            wanted.setdefault(prompt, {}).update(dict.fromkeys(documents))
-        parts, gone = [], threading.Event()
-        for prompt, distinct in wanted.items():
-            documents = list(distinct)
-            for start in range(0, len(documents), size):
-                chunk = documents[start : start + size]
-                future = endpoint.connection.submit(endpoint.score, *prompt, chunk, deadline, gone)
-                parts.append(_Part(prompt, chunk, future, gone))
-        return parts
+        work = partial(_score_job, endpoint, job, self._settings["max_documents_per_request"])
+        return endpoint.connection.submit(work, job.deadline, on_done)
 
     def _unranked(self, job: Job, error: Qwen3RerankerError) -> list[list[RankedDocument]] | None:
         """Return the documents as they came, if that is wanted and nobody's mistake."""
@@ -206,31 +168,34 @@ class RemoteReranker(BaseReranker):
         ]
 
 
-def _give_up(parts: Sequence[_Part]) -> None:
-    """Send what is queued no more, and try nothing under way again."""
-    for part in parts:
-        part.gone.set()
-        part.future.cancel()
+if hasattr(os, "register_at_fork"):
+    # Another thread may have held it at the fork, and does not exist in the child.
+    os.register_at_fork(
+        after_in_child=lambda: setattr(RemoteReranker, "_endpoints_lock", threading.Lock())
+    )
 
 
-def _prompts(job: Job) -> list[_Prompt]:
-    return list(zip(job.instructions, job.queries, strict=True))
+async def _score_job(endpoint: Endpoint, job: Job, size: int, line: Line) -> Scored:
+    """Score each prompt's distinct documents and align what came back with the job.
 
-
-def _join(job: Job, parts: Sequence[_Part], done: set[Future[list[RemoteScore]]]) -> Scored:
-    """Align what came back with the job; the first failure is the call's, nothing is left out."""
-    for part in parts:
-        if part.future in done and part.future.exception() is not None:
-            part.future.result()
-    if len(done) < len(parts):
-        raise TimedOutError(
-            f"the server did not score {job.num_documents} documents within timeout_s "
-            f"({len(done)} of {len(parts)} requests were answered). Allow more time, or send fewer."
-        )
+    A call has no more requests waiting than may be under way, so that a small one that comes while
+    a large one runs takes its turn between those. The first failure is the call's.
+    """
+    parts = list(_parts(job, size))
+    left = iter(parts)
     known: dict[tuple[_Prompt, str], RemoteScore] = {}
-    for part in parts:
-        for document, score in zip(part.documents, part.future.result(), strict=True):
-            known[part.prompt, document] = score
+
+    async def work() -> None:
+        for prompt, documents in left:
+            scores = await endpoint.score(line, *prompt, documents, job.deadline)
+            known.update(zip([(prompt, text) for text in documents], scores, strict=True))
+
+    workers = [asyncio.create_task(work()) for _ in parts[: line.max_in_flight]]
+    try:
+        await asyncio.gather(*workers)
+    finally:
+        for worker in workers:
+            worker.cancel()
     rows = [
         [known[prompt, document] for document in documents]
         for prompt, documents in zip(_prompts(job), job.documents, strict=True)
@@ -240,6 +205,21 @@ def _join(job: Job, parts: Sequence[_Part], done: set[Future[list[RemoteScore]]]
         [[score.truncated for score in row] for row in rows],
         [[None] * len(row) for row in rows],
     )
+
+
+def _parts(job: Job, size: int) -> Iterator[tuple[_Prompt, list[str]]]:
+    """Yield a call's requests: some distinct documents of one prompt."""
+    wanted: dict[_Prompt, dict[str, None]] = {}
+    for prompt, documents in zip(_prompts(job), job.documents, strict=True):
+        wanted.setdefault(prompt, {}).update(dict.fromkeys(documents))
+    for prompt, distinct in wanted.items():
+        documents = list(distinct)
+        for start in range(0, len(documents), size):
+            yield prompt, documents[start : start + size]
+
+
+def _prompts(job: Job) -> list[_Prompt]:
+    return list(zip(job.instructions, job.queries, strict=True))
 
 
 def _checked_url(url: Any) -> str:

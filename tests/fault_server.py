@@ -35,6 +35,8 @@ class FaultServer(ThreadingHTTPServer):
         reads_instruction: True to report the tokens of instructions.
         longest: Words of an instruction; longer ones are refused.
         delay_s: Seconds before each answer.
+        headers: Sent with each answer but the first question's.
+        content: Sent by the step of this name.
     """
 
     daemon_threads = True
@@ -50,6 +52,8 @@ class FaultServer(ThreadingHTTPServer):
         self.connections = 0
         self.is_tei, self.has_template, self.reads_instruction = False, True, True
         self.longest, self.delay_s = 1000, 0.0
+        self.headers: dict[str, str] = {}
+        self.content = b""
         self.lock = threading.Lock()
         self.is_over = threading.Event()
 
@@ -133,6 +137,10 @@ class _Handler(BaseHTTPRequestHandler):
             server.is_over.wait(5)
         elif step == "drip":
             self._drip(body)
+        elif step == "drip headers":
+            self._drip_bytes(b"HTTP/1.1 200 OK\r\nX: " + b"y" * 1000)
+        elif step == "content":
+            self._send_bytes(200, server.content)
         elif step == "html":
             self._send_bytes(200, b"<html>welcome</html>")
         elif step == "huge":
@@ -143,11 +151,14 @@ class _Handler(BaseHTTPRequestHandler):
             except Exception:
                 self._send(500, {"error": {"message": str(body)}})
                 return
-            self._send(200, server.answer(spoil(rows, step)))
+            self._send(200, server.answer(spoil(rows, step)), server.headers)
 
     def _drip(self, body: dict[str, Any]) -> None:
         content = json.dumps(self.server.answer(self.server.rows(body))).encode()
         self._head(200, len(content), {})
+        self._drip_bytes(content)
+
+    def _drip_bytes(self, content: bytes) -> None:
         for byte in content:
             if self.server.is_over.wait(0.05):
                 return

@@ -1,82 +1,20 @@
-"""KeyboardInterrupt at every place of a call where something could be held, and at random ones."""
+"""Interrupted callers of a model leave nothing held."""
 
 from __future__ import annotations
 
-import _thread
-import dis
-import os
-import random
-import signal
-import sys
 import threading
-import time
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 import pytest
 
 from qwen3_reranker import Reranker
 from tests import fakes
+from tests.attacks.interrupts import interrupt_at_random, interrupted
 from tests.attacks.limits import bounded
 from tests.fakes import FRUIT, QUERY
 
 pytestmark = pytest.mark.attack
-
-_WATCHED = ("qwen3_reranker", "threading.py", "queue.py", os.sep + "concurrent" + os.sep)
-"""Parts of the names of files in which a caller could hold what another thread waits for."""
-_LEFT_OUT = ("tokenization.py", "prompt.py", "results.py", "inputs.py", "calibration.py")
-"""Of those, files that hold nothing."""
-
-
-_CHECKING = {"CALL", "CALL_FUNCTION_EX", "CALL_KW", "PRECALL", "RESUME", "JUMP_BACKWARD"}
-"""Instructions after which the interpreter looks whether a signal has come."""
-
-
-class _InterruptAt:
-    """Raises KeyboardInterrupt at the k-th place of this thread where a signal could.
-
-    Not before any instruction: between a lock's acquisition by `with` and the block, for one, no
-    signal is looked for.
-    """
-
-    def __init__(self, k: int) -> None:
-        self.left = k
-        self.has_raised = False
-        self._last: dict[FrameType, str] = {}
-
-    def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
-        name = frame.f_code.co_filename
-        if not any(part in name for part in _WATCHED) or name.endswith(_LEFT_OUT):
-            return None
-        frame.f_trace_opcodes = True
-        frame.f_trace_lines = False
-        if event == "return":
-            self._last.pop(frame, None)
-        if event == "opcode":
-            instruction = dis.opname[frame.f_code.co_code[frame.f_lasti]]
-            last = self._last.get(frame, "RESUME")
-            self._last[frame] = instruction
-            if last in _CHECKING and instruction != "CALL" and not self.has_raised:
-                self.left -= 1
-                if self.left <= 0:
-                    self.has_raised = True
-                    raise KeyboardInterrupt
-        return self
-
-
-def _interrupted(call: Callable[[], object], k: int) -> bool:
-    """Run a call with an interrupt at its k-th place; say whether there was such a place."""
-    tracer = _InterruptAt(k)
-    before = sys.gettrace()
-    sys.settrace(tracer)
-    try:
-        call()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        sys.settrace(before)
-    return tracer.has_raised
 
 
 class _Forgetful(fakes.FakeNetwork):
@@ -107,7 +45,7 @@ def test_interrupt_anywhere_in_a_call_wedges_nothing(
         reranker = Reranker("model")
         expected = reranker.score(QUERY, FRUIT)
         with bounded(seconds=300, megabytes=100):
-            while _interrupted(lambda: reranker.rank(QUERY, FRUIT, timeout_s=20), k + 1):
+            while interrupted(lambda: reranker.rank(QUERY, FRUIT, timeout_s=20), k + 1):
                 k += 1
                 assert _answers_in_time(reranker), f"no answer after an interrupt at place {k}"
         assert reranker.score(QUERY, FRUIT) == expected
@@ -118,43 +56,14 @@ def test_interrupt_anywhere_in_a_call_wedges_nothing(
 def test_interrupts_at_random_moments_wedge_nothing(
     monkeypatch: pytest.MonkeyPatch, tried: Callable[[int], None]
 ) -> None:
-    """Real signals, as Ctrl-C sends them, while the main thread is at whatever it is at."""
-    count, chance = 10_000, random.Random(0)
     with fakes.loaded(monkeypatch, fakes.FakeModel(_Forgetful())):
         reranker = Reranker("model")
         expected = reranker.score(QUERY, FRUIT)
-        stop, foreign, interrupts = threading.Event(), [], 0
 
-        def interrupt() -> None:
-            while not stop.is_set():
-                time.sleep(chance.uniform(0, 0.004))
-                if not stop.is_set():
-                    _thread.interrupt_main()
+        def call() -> None:
+            assert reranker.score(QUERY, FRUIT, timeout_s=30) == expected
 
-        previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-        sender = threading.Thread(target=interrupt, daemon=True)
-        try:
-            with bounded(seconds=300, megabytes=100):
-                sender.start()
-                while interrupts < count:
-                    try:
-                        while True:
-                            assert reranker.score(QUERY, FRUIT, timeout_s=30) == expected
-                    except KeyboardInterrupt:
-                        interrupts += 1
-                    except Exception as error:  # whatever else reaches a caller
-                        foreign.append(error)
-                        interrupts += 1
-        finally:
-            stopped = False
-            while not stopped:  # the last interrupt may come while this is being done
-                try:
-                    stop.set()
-                    sender.join()
-                    signal.signal(signal.SIGINT, previous)
-                    stopped = True
-                except KeyboardInterrupt:
-                    continue
-        assert foreign == []
+        with bounded(seconds=300, megabytes=100):
+            assert interrupt_at_random(call, 10_000) == []
         assert _answers_in_time(reranker)
-    tried(interrupts)
+    tried(10_000)

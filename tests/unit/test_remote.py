@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import gc
+import json
 import logging
 import math
 import pickle
@@ -31,6 +32,7 @@ from qwen3_reranker import (
     RemoteProtocolError,
     RemoteReranker,
     TimedOutError,
+    dialects,
     transport,
 )
 from qwen3_reranker.dialects import read_scores
@@ -261,6 +263,61 @@ class TestFaults:
             reranker.rank(QUERY, DOCUMENTS)
         assert len(server.requests) == 1
 
+    @pytest.mark.parametrize(
+        ("documents", "content", "message"),
+        [
+            (3, b"[" + b" " * 80_000 + b"]", "longer than 7"),
+            (32, b"[" + b" " * 210_000 + b"]", "longer than 20"),
+            (3, b"[" + b"[]," * 2000 + b"[]]", "more than 1305 values"),
+            (3, b"{" + b",".join(b'"%d":0' % i for i in range(1400)) + b"}", "values"),
+            (3, b"[" * 1200, "no JSON"),
+        ],
+    )
+    def test_reply_that_is_more_than_a_ranking_can_be_is_refused(
+        self, server: FaultServer, documents: int, content: bytes, message: str
+    ) -> None:
+        server.content = content
+        server.script = ["content"]
+        texts = [text(str(i), 0.5) for i in range(documents)]
+        with (
+            RemoteReranker(server.url) as reranker,
+            pytest.raises(RemoteProtocolError, match=message),
+        ):
+            reranker.rank(QUERY, texts)
+        assert len(server.requests) == 1
+
+    def test_texts_that_are_sent_back_may_be_long(self, server: FaultServer) -> None:
+        documents = [text(str(i) + '\u0001,["' * 30_000, 0.5) for i in range(3)]
+        rows = [
+            {"index": i, "relevance_score": 0.5, "document": {"text": document}}
+            for i, document in enumerate(documents)
+        ]
+        server.content = json.dumps({"results": rows}).encode()
+        server.script = ["content"]
+        with RemoteReranker(server.url) as reranker:
+            assert reranker.score(QUERY, documents) == [0.5] * 3
+
+    @pytest.mark.parametrize("encoding", ["", "identity", "Identity"])
+    def test_reply_that_says_it_is_not_compressed_is_read(
+        self, reranker: RemoteReranker, server: FaultServer, encoding: str
+    ) -> None:
+        server.headers = {"Content-Encoding": encoding}
+        assert indices(reranker.rank(QUERY, DOCUMENTS)) == ORDER
+
+    @pytest.mark.parametrize("encoding", ["gzip", "GZIP", "br", "gzip, gzip", "identity, zstd"])
+    def test_reply_that_is_compressed_is_refused(
+        self, reranker: RemoteReranker, server: FaultServer, encoding: str
+    ) -> None:
+        server.headers = {"Content-Encoding": encoding}
+        with pytest.raises(RemoteProtocolError, match="compressed"):
+            reranker.rank(QUERY, DOCUMENTS)
+
+    @pytest.mark.parametrize("tokens", [True, 10**400, -1, 74.0, "74", None])
+    def test_count_of_tokens_that_is_none_is_as_good_as_none(
+        self, server: FaultServer, tokens: object
+    ) -> None:
+        assert dialects._prompt_tokens({"usage": {"prompt_tokens": tokens}}) is None
+
     def test_refusals_are_not_tried_again(
         self, reranker: RemoteReranker, server: FaultServer
     ) -> None:
@@ -336,12 +393,13 @@ class TestTime:
                 with pytest.raises(TimedOutError):
                     first.result()
 
+    @pytest.mark.parametrize("step", ["drip", "drip headers"])
     def test_dripping_reply_holds_no_connection_past_its_deadline(
-        self, rank: Rank, server: FaultServer
+        self, rank: Rank, server: FaultServer, step: str
     ) -> None:
         with RemoteReranker(server.url, max_in_flight=1) as reranker:
             rank(reranker, QUERY, DOCUMENTS)
-            server.script = ["drip"]  # for ten seconds
+            server.script = [step]  # for ten seconds
             with pytest.raises(TimedOutError):
                 rank(reranker, QUERY, DOCUMENTS, timeout_s=0.3)
             assert indices(rank(reranker, QUERY, DOCUMENTS, timeout_s=3)) == ORDER
@@ -398,6 +456,18 @@ class TestManyDocuments:
             with pytest.raises(RemoteProtocolError):
                 rank(reranker, QUERY, self.DOCUMENTS)
 
+    def test_short_call_takes_its_turn_beside_a_long_one(self, server: FaultServer) -> None:
+        server.delay_s = 0.02
+        with RemoteReranker(server.url, max_documents_per_request=1, max_in_flight=2) as reranker:
+            reranker.rank(QUERY, DOCUMENTS)
+            with ThreadPoolExecutor(1) as pool:
+                long = pool.submit(reranker.rank, "long", self.DOCUMENTS)
+                time.sleep(0.1)
+                reranker.rank("short", DOCUMENTS[:1])
+                assert not long.done()
+        place = [body["query"] for _, body in server.requests].index("short")
+        assert place < 3 + 50
+
     def test_hundred_calls_use_one_connection(self, server: FaultServer) -> None:
         with RemoteReranker(server.url) as reranker:
             for _ in range(50):
@@ -453,6 +523,19 @@ class TestManyDocuments:
         )
         subprocess.run([sys.executable, "-c", code], check=True, timeout=20)
         assert server.connections == 2
+
+    def test_child_forked_while_connections_are_looked_up_can_make_its_own(self) -> None:
+        code = (
+            "import os\n"
+            "from qwen3_reranker import RemoteReranker\n"
+            "with RemoteReranker._endpoints_lock:\n"
+            "    child = os.fork()\n"
+            "    if child == 0:\n"
+            "        RemoteReranker('http://127.0.0.1:9')\n"
+            "        os._exit(7)\n"
+            "    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7\n"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=20)
 
     def test_interrupted_process_does_not_wait_for_the_server(self, server: FaultServer) -> None:
         server.script = ["stall"]  # for five seconds
