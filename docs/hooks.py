@@ -33,6 +33,11 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Make links of a page in docs/ to the repository's root lead to the site's."""
+    return markdown.replace("](../", "](")
+
+
 def _page(name: str) -> str:
     """Return a page of the repository as the site needs it, where `docs` is the root."""
     text = (ROOT / name).read_text(encoding="utf-8")
