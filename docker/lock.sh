@@ -13,7 +13,6 @@ sed -n 's/^requires = \["\(.*\)"\]$/\1/p' pyproject.toml > "$tools/build.in"
 lock() {
     file=$1
     shift
-    rm -f "$file"
     "$tools/bin/uv" pip compile -q pyproject.toml "$tools/build.in" "$@" -c constraints.txt \
         --python-version 3.12 --python-platform x86_64-manylinux_2_28 --only-binary :all: \
         --generate-hashes --no-annotate --custom-compile-command "sh docker/lock.sh" -o "$file"
