@@ -6,7 +6,6 @@ Decides what a model is compared by before anything made of it is kept. Knows no
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from qwen3_reranker.adapters import merge_adapter, template_of
 from qwen3_reranker.errors import InputError, Qwen3RerankerError
 from qwen3_reranker.results import in_order
 from qwen3_reranker.tokenization import PromptTokenizer
+from qwen3_reranker.unfinished import remove_unfinished, written_whole
 
 from .output import write_json
 
@@ -147,10 +147,10 @@ def new_folder(name: str) -> Path:
 
 
 def fill(output: Path, write: Callable[[Path], None]) -> None:
-    """Have a folder written, and give it its name when that is done."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as name:
-        folder = Path(name) / output.name
-        folder.mkdir()
+    """Have a folder written, and give it its name when that is done.
+
+    What a killed process left of a folder of that name is removed first.
+    """
+    remove_unfinished(output.parent, output.name)
+    with written_whole(output) as folder:
         write(folder)
-        folder.rename(output)

@@ -12,12 +12,12 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
-import tempfile
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from .errors import MissingExtraError, ModelLoadError
+from .unfinished import remove_unfinished, written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ def embedded_folder(model: str = EMBEDDED) -> Path:
     """
     adapter = ADAPTER if model == EMBEDDED else None
     target = cache_folder() / f"smollm2-135m-{_version(adapter)}"
+    remove_unfinished(cache_folder())
     if not target.is_dir():
         _convert(find_gguf(), adapter, target)
     return target
@@ -113,12 +114,9 @@ def _convert(gguf: Path, adapter: Path | None, target: Path) -> None:
     if adapter is not None:
         full = adapters.merge_adapter(full, adapter)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Complete or absent: a process that is killed half-way leaves a stray folder, no model.
-        with tempfile.TemporaryDirectory(dir=target.parent, ignore_cleanup_errors=True) as partial:
-            full.save_pretrained(partial)
-            Path(partial, "tokenizer.json").write_text(tokenizer, encoding="utf-8")
-            os.rename(partial, target)
+        with written_whole(target) as folder:
+            full.save_pretrained(folder)
+            (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         if target.is_dir():  # another process was faster
             return

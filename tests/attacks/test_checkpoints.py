@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 
 from qwen3_reranker import ModelLoadError, Reranker
 from qwen3_reranker.adapters import _PLAIN_PATTERN, _refuse_adapter
 from qwen3_reranker.embedded import find_gguf
+from qwen3_reranker.loading import load_model
 
 pytestmark = pytest.mark.attack
 
@@ -59,6 +64,63 @@ def test_adapter_that_asks_for_more_than_its_weights_is_refused(
 )  # fmt: skip
 def test_control_usual_adapters_pass(tmp_path: Path, settings: dict[str, Any]) -> None:
     _refuse_adapter(Base(), adapter(tmp_path, **settings))
+
+
+@pytest.fixture
+def base(checkpoint: Callable[..., Path]) -> Path:
+    return checkpoint(hidden_size=16, intermediate_size=16, num_hidden_layers=2)
+
+
+def causal(base: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+
+
+@pytest.fixture
+def mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the file that importing `adapter_payload` would leave behind."""
+    written = tmp_path / "mark"
+    (tmp_path / "adapter_payload.py").write_text(f"open({str(written)!r}, 'w').close()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "adapter_payload", raising=False)
+    return written
+
+
+@pytest.fixture
+def importing(base: Path, tmp_path: Path) -> Path:
+    """Return an adapter that fits the base, and names a module for peft to import."""
+    from peft import LoraConfig, get_peft_model
+
+    folder = tmp_path / "adapter"
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(causal(base), config).save_pretrained(folder)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    return adapter(
+        folder, **settings | {"megatron_config": {"a": 1}, "megatron_core": "adapter_payload"}
+    )
+
+
+def test_module_that_an_adapter_names_is_not_imported(
+    base: Path, importing: Path, mark: Path
+) -> None:
+    with pytest.raises(ModelLoadError, match="sets megatron_config"):
+        load_model(str(base), adapter=str(importing))
+    assert not mark.exists()
+
+
+def test_module_that_an_adapter_names_is_not_imported_by_peft_alone(
+    base: Path, importing: Path, mark: Path
+) -> None:
+    """What raised its floor: peft 0.19 imports the module."""
+    from peft import PeftModel
+
+    with pytest.raises(ValueError, match="megatron_core"):
+        PeftModel.from_pretrained(causal(base), importing)
+    assert not mark.exists()
+
+
+def test_control_module_can_be_imported(mark: Path) -> None:
+    importlib.import_module("adapter_payload")
+    assert mark.exists()
 
 
 def test_patterns_that_pass_match_in_a_moment(tried: Callable[[int], None]) -> None:

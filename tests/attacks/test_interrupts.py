@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from finetune.output import hash_file
 from qwen3_reranker import Reranker
+from qwen3_reranker.embedded import embedded_folder
 from tests import fakes
 from tests.attacks.interrupts import interrupt_at_random, interrupted
 from tests.attacks.limits import bounded
@@ -67,3 +74,29 @@ def test_interrupts_at_random_moments_wedge_nothing(
             assert interrupt_at_random(call, 10_000) == []
         assert _answers_in_time(reranker)
     tried(10_000)
+
+
+def test_conversion_that_was_killed_leaves_nothing_and_is_done_again(tmp_path: Path) -> None:
+    """It left up to 540 MB in the user's cache for good."""
+    cache = tmp_path / "qwen3-reranker"
+    command = [
+        sys.executable,
+        "-c",
+        "from qwen3_reranker import embedded; embedded.embedded_folder()",
+    ]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+
+    def written() -> int:
+        return sum(file.stat().st_size for file in cache.rglob("model.safetensors"))
+
+    with subprocess.Popen(command, env=environment) as process:
+        while written() < 10_000_000:
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.001)
+        process.kill()
+    assert written() > 0
+    assert not list(cache.glob("smollm2-*")), "it was done before it could be killed"
+    subprocess.run(command, env=environment, check=True)
+    (model,) = cache.iterdir()
+    for file in embedded_folder().iterdir():
+        assert hash_file(model / file.name) == hash_file(file)

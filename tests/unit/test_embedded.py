@@ -177,6 +177,13 @@ def test_copy_of_a_faster_process_is_used(convert: Any, cache: Path) -> None:
     assert list(cache.iterdir()) == [folder]
 
 
+def test_leftovers_of_the_dead_go_even_where_the_model_is_there(convert: Any, cache: Path) -> None:
+    folder = convert(FakeModel(), EMBEDDED_BASE)
+    (cache / ".smollm2-135m-reranker-0123-abc.unfinished").mkdir()
+    assert convert(FakeModel(), EMBEDDED_BASE) == folder
+    assert list(cache.iterdir()) == [folder]
+
+
 def test_package_is_found_without_importing_it() -> None:
     import sys
 
