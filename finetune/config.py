@@ -7,7 +7,6 @@ else a run takes has the names of transformers' `TrainingArguments` and TRL's `M
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field

@@ -90,8 +90,8 @@ def _judged(path: str) -> list[CandidateList]:
     unjudged = [i for i, each in enumerate(lists, 1) if each.labels is None and each.texts]
     if unjudged:
         raise DataError(
-            f"{path}: query number {unjudged[0]} of {len(lists)} has no labels, so nothing can be measured. Add a label "
-            "per candidate, or qrels beside the run."
+            f"{path}: query number {unjudged[0]} of {len(lists)} has no labels, so "
+            "nothing can be measured. Add a label per candidate, or qrels beside the run."
         )
     return lists
 

@@ -55,7 +55,8 @@ class CandidateList:
             return self
         if depth < 1:
             raise InputError(
-                f"depth must be at least 1 or None, got {shown(depth)}. Use None to keep every candidate."
+                f"depth must be at least 1 or None, got {shown(depth)}. Use None to keep "
+                "every candidate."
             )
         kept = None if self.labels is None else self.labels[:depth]
         cut_off = [] if self.labels is None else [label for label in self.labels[depth:] if label]

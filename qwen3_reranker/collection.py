@@ -238,7 +238,9 @@ def _read_lines_of(path: str, parse: Callable[[list[str]], tuple[str, str, float
             query, document, value = parse(columns)
             first = seen.setdefault((query, document), line)
             if first != line:
-                raise ValueError(f"its query and document are those of line {first}; give each pair once")
+                raise ValueError(
+                    f"its query and document are those of line {first}; give each pair once"
+                )
         except ValueError as error:
             faults.add(f"line {line}: {error}")
             continue

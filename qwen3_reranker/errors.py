@@ -21,7 +21,7 @@ do next. They carry indices, lengths and types, never the text of a query or doc
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 
 def shown(value: object) -> str:
@@ -34,14 +34,15 @@ def shown(value: object) -> str:
         >>> shown(1.5), shown("text"), shown(10**400)
         ('1.5', 'str', 'int of 1329 bits')
     """
+    number: Any = value
     kind = type(value)
-    if kind in (bool, float, type(None)):
+    if value is None or kind is bool:
         return repr(value)
     if issubclass(kind, float):
-        return float.__repr__(value)  # type: ignore[arg-type]
+        return float.__repr__(number)
     if issubclass(kind, int):
-        size = int.bit_length(value)  # type: ignore[arg-type]
-        return int.__repr__(value) if size <= 64 else f"int of {size} bits"  # type: ignore[arg-type]
+        size = int.bit_length(number)
+        return int.__repr__(number) if size <= 64 else f"int of {size} bits"
     return kind.__name__
 
 

@@ -228,7 +228,7 @@ def _open(path: str) -> AbstractContextManager[BinaryIO]:
 
 
 def _parse(text: str) -> Any:
-    """Return the value of a strict JSON text; raise ValueError, and quote nothing, if it is none."""
+    """Return the value of a JSON text; raise ValueError, which quotes nothing, if it is none."""
     try:
         content = json.loads(
             text,
