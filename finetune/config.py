@@ -16,8 +16,8 @@ import yaml
 
 from qwen3_reranker.errors import DataError, InputError, named, shown
 
-_MOST_BYTES = 1024 * 1024
-"""Of a file of settings; YAML of one megabyte takes seconds to read."""
+_MOST_BYTES = 128 * 1024
+"""Of a file of settings; YAML of one megabyte takes half a minute to read."""
 
 
 _MOST = 2**31 - 1

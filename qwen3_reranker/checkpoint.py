@@ -24,6 +24,7 @@ from .attention import NAME as PACKED_ATTENTION
 from .embedded import EMBEDDED, EMBEDDED_BASE, embedded_folder
 from .errors import ModelLoadError, named, shown
 from .jsonl import MAX_LINE_BYTES
+from .tokenization import panic_is_error
 
 _CONTROL_TOKENS = {"<|im_start|>", "<|im_end|>", "<think>", "</think>"}
 _SUPPORTED = ("qwen3", "qwen2", "llama")
@@ -153,12 +154,14 @@ def read_tokenizer(folder: Path, gguf_file: str | None) -> str:
             raise ModelLoadError(
                 f"'{folder}' has no tokenizer.json. Copy the one of the base model into it."
             )
-        with _alone(folder, gguf_file) as source:
+        with _alone(folder, gguf_file) as source, panic_is_error():
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 source, gguf_file=gguf_file, local_files_only=True, trust_remote_code=False
             )
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
-    except (OSError, ValueError) as error:
+            state = json.loads(tokenizer.backend_tokenizer.to_str())
+    except ModelLoadError:
+        raise
+    except Exception as error:  # of several libraries
         raise ModelLoadError(
             f"the tokenizer of '{folder}' cannot be read ({type(error).__name__}). Copy the "
             "tokenizer.json of the base model beside the weights."
