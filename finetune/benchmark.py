@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +15,8 @@ from statistics import mean
 from typing import Any
 
 from qwen3_reranker import Reranker
-from qwen3_reranker.errors import DataError, InputError
+from qwen3_reranker.errors import DataError, InputError, named
+from qwen3_reranker.jsonl import read_json
 from qwen3_reranker.prompt import PUBLISHED_EVAL, TEMPLATES
 from qwen3_reranker.terminal import fit
 
@@ -165,20 +165,21 @@ def read_task_prompts(path: str) -> dict[str, str]:
         DataError: If it is none.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = read_json(path)
         prompts = {
             task: value["query"] if isinstance(value, dict) else value
             for task, value in content.items()
         }
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError) as error:
+        what = error if isinstance(error, ValueError) else "they are not where they should be"
         raise DataError(
-            f"{path}: no task sentences can be read ({type(error).__name__}). It must be JSON such "
+            f"{path}: no task sentences can be read ({what}). It must be JSON such "
             'as {"FiQA2018": "Given a financial question, ..."}.'
         ) from error
     wrong = [task for task, sentence in prompts.items() if not isinstance(sentence, str)]
     if wrong:
         raise DataError(
-            f"{path}: the sentence of {wrong[0]} must be a string, got "
+            f"{path}: the sentence of {named(wrong[0])} must be a string, got "
             f"{type(prompts[wrong[0]]).__name__}. Correct it, or leave the task out for mteb's."
         )
     return prompts

@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from qwen3_reranker import __version__
-from qwen3_reranker.errors import InputError, MissingExtraError, Qwen3RerankerError
+from qwen3_reranker.errors import InputError, MissingExtraError, Qwen3RerankerError, shown
 
 _COMMANDS = """commands:
   validate FILE...          check training rows and report every fault
@@ -154,7 +154,9 @@ def training_parser() -> Any:
 
     class Parser(TrlParser):
         def error(self, message: str) -> NoReturn:
-            raise InputError(f"{message}. See: qwen3-finetune train --help")
+            # argparse quotes the value, which may be very long.
+            short = message if len(message) <= 200 else f"{message[:200]}..."
+            raise InputError(f"{short}. See: qwen3-finetune train --help")
 
     settings: Any = [RerankerArguments, ModelSettings, TrainingArguments]
     parser = Parser(
@@ -217,6 +219,12 @@ def _settings(parser: Any, namespace: argparse.Namespace) -> tuple[Any, Any, Any
     from .trainee import Base
 
     given = vars(namespace)
+    for name, value in given.items():
+        if isinstance(value, (int, float)) and not abs(value) < 2**63:  # also NaN
+            raise InputError(
+                f"--{name} must be a number that a machine can count with, got {shown(value)}. "
+                "Pass a smaller one."
+            )
     if given["save_steps"] is None:  # the best state can only be kept where it was measured
         given["save_steps"] = given["eval_steps"]
     if not given["eval_file"]:
@@ -226,7 +234,7 @@ def _settings(parser: Any, namespace: argparse.Namespace) -> tuple[Any, Any, Any
             kind(**{f.name: given[f.name] for f in dataclasses.fields(kind) if f.init})
             for kind in parser.dataclass_types
         )
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ArithmeticError) as error:
         raise InputError(f"{error} See: qwen3-finetune train --help_all") from error
     if not model.model_name_or_path:
         raise InputError("there is no base model. Pass --model_name_or_path NAME.")

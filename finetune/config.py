@@ -7,13 +7,21 @@ else a run takes has the names of transformers' `TrainingArguments` and TRL's `M
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import yaml
 
-from qwen3_reranker.errors import DataError, InputError
+from qwen3_reranker.errors import DataError, InputError, named, shown
+
+_MOST_BYTES = 128 * 1024
+"""Of a file of settings; YAML of one megabyte takes half a minute to read."""
+
+
+_MOST = 2**31 - 1
+"""What any count of a run may be."""
 
 
 def _setting(default: Any, text: str) -> Any:
@@ -79,22 +87,29 @@ class RerankerArguments:
             )
         if not 0 <= self.instruction_dropout <= 1:
             raise InputError(
-                f"--instruction_dropout must be between 0 and 1, got {self.instruction_dropout}. "
-                "It is a share of the groups."
+                "--instruction_dropout must be between 0 and 1, got "
+                f"{shown(self.instruction_dropout)}. It is a share of the groups."
             )
-        if self.early_stopping_patience < 0:
+        if not 0 <= self.listwise_weight <= _MOST:  # also NaN
             raise InputError(
-                f"--early_stopping_patience must be at least 0, got {self.early_stopping_patience}."
-                " It counts evaluations; 0 never stops early."
+                f"--listwise_weight must be a number from 0, got {shown(self.listwise_weight)}. It "
+                "is what listwise counts beside pointwise."
+            )
+        if not 0 <= self.early_stopping_patience <= _MOST:
+            raise InputError(
+                f"--early_stopping_patience must be from 0 to {_MOST}, got "
+                f"{shown(self.early_stopping_patience)}. It counts evaluations; 0 never stops "
+                "early."
             )
         for name in (
             "num_positives", "num_negatives", "max_length", "max_batch_tokens", "max_eval_queries",
             "relevant_from",
         ):  # fmt: skip
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is not None and not 1 <= value <= _MOST:
+                bound = "at least 1" if value < 1 else f"at most {_MOST}"
                 raise InputError(
-                    f"--{name} must be at least 1, got {value}. Leave it out for the default."
+                    f"--{name} must be {bound}, got {shown(value)}. Leave it out for the default."
                 )
 
     def instruction_of(self, file: int) -> str | None:
@@ -148,13 +163,7 @@ def read_yaml(path: str, known: Iterable[str]) -> list[str]:
     Raises:
         DataError: With file and line, if it is no flat mapping, or a key is unknown or repeated.
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            root = yaml.compose(file, Loader=yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"'{path}' cannot be read ({type(error).__name__}). Check it.") from error
-    except yaml.YAMLError as error:
-        raise DataError(f"'{path}' is not YAML: {error}. Correct that line.") from error
+    root = _compose(path)
     if root is None:
         return []
     if not isinstance(root, yaml.MappingNode):
@@ -162,8 +171,10 @@ def read_yaml(path: str, known: Iterable[str]) -> list[str]:
     arguments, seen, names = [], set(), set(known)
     for key, value in root.value:
         place = f"{path}:{key.start_mark.line + 1}"
+        if not isinstance(key, yaml.ScalarNode):
+            raise DataError(f"{place}: a setting's name must be a word. Write 'name: value'.")
         if key.value in seen:
-            raise DataError(f"{place}: '{key.value}' is set twice. Keep one of them.")
+            raise DataError(f"{place}: {named(key.value)} is set twice. Keep one of them.")
         seen.add(key.value)
         if key.value not in names:
             raise DataError(f"{place}: {unknown(key.value, names)}")
@@ -171,11 +182,34 @@ def read_yaml(path: str, known: Iterable[str]) -> list[str]:
     return arguments
 
 
+def _compose(path: str) -> yaml.Node | None:
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(_MOST_BYTES + 1)
+        if len(raw) > _MOST_BYTES:
+            raise DataError(f"'{path}' has more than {_MOST_BYTES} bytes. Pass a file of settings.")
+        root: yaml.Node | None = yaml.compose(raw.decode("utf-8-sig"), Loader=yaml.SafeLoader)
+    except DataError:
+        raise
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"'{path}' cannot be read ({type(error).__name__}). Check it.") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = "" if mark is None else f" at line {mark.line + 1}, column {mark.column + 1}"
+        # What stands in quotes may be of the file.
+        problem = re.sub(r"'.*'", "...", error.problem or "it cannot be parsed", flags=re.DOTALL)
+        raise DataError(f"'{path}' is not YAML{where}: {problem}. Correct that line.") from error
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        # ValueError and OverflowError: an escape of a character that there is not.
+        raise DataError(f"'{path}' is not YAML ({type(error).__name__}). Correct it.") from error
+    return root
+
+
 def unknown(name: str, known: Iterable[str]) -> str:
     """Return the message about an unknown setting, with the nearest known one."""
-    near = difflib.get_close_matches(name, list(known), n=1)
+    near = difflib.get_close_matches(name[:100], list(known), n=1)
     hint = f" Did you mean '{near[0]}'?" if near else " See --help_all."
-    return f"there is no setting '{name}'.{hint}"
+    return f"there is no setting {named(name)}.{hint}"
 
 
 def _arguments(name: str, value: yaml.Node, place: str) -> list[str]:

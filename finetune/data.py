@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from glob import escape
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-from qwen3_reranker.candidates import CandidateList
-from qwen3_reranker.errors import DataError, InputError, MissingExtraError
-from qwen3_reranker.jsonl import Row, faults_error, read_rows
+from qwen3_reranker.candidates import LARGEST_LABEL, CandidateList
+from qwen3_reranker.errors import DataError, InputError, MissingExtraError, shown
+from qwen3_reranker.jsonl import Faults, Row, read_rows
 
 from .layouts import OURS, PAIRS, Defaults, Layout, TrainingGroup, parse, recognise
 
@@ -85,13 +85,14 @@ def read_training_file(
         DataError: If the file cannot be read, has no rows, or has faults that are not skipped.
         MissingExtraError: If `datasets` is needed and not installed.
     """
-    if relevant_from < 1:
+    if not 1 <= relevant_from <= LARGEST_LABEL:
         raise InputError(
-            f"relevant_from must be at least 1, got {relevant_from}. Label 0 is never relevant."
+            f"relevant_from must be at least 1 and at most {LARGEST_LABEL}, got "
+            f"{shown(relevant_from)}. Label 0 is never relevant."
         )
     rows, sha256 = _open(path)
     collector = _Collector(Defaults(instruction, relevant_from, needs_negatives))
-    num_lines, rejected = 0, []
+    num_lines, rejected, faults = 0, [], Faults(path)
     for row in rows:
         num_lines += 1
         try:
@@ -99,12 +100,15 @@ def read_training_file(
                 raise ValueError(row.fault)
             collector.add(row.content, row.line)
         except ValueError as error:
-            rejected.append(f"{path}:{row.line}: {error}")
+            fault = f"{path}:{row.line}: {error}"
+            faults.add(fault)
+            if skip_bad:
+                rejected.append(fault)
     if not num_lines:
         raise DataError(f"0 rows in {path}. Pass a file with one JSON object per line.")
-    if rejected and (not skip_bad or len(rejected) == num_lines):
-        raise faults_error(path, rejected)
-    num_rows = num_lines - len(rejected)
+    if faults and (not skip_bad or len(faults) == num_lines):
+        raise faults.error()
+    num_rows = num_lines - len(faults)
     return TrainingFile(path, sha256, num_lines, collector.groups, rejected, num_rows)
 
 
@@ -238,7 +242,7 @@ def _open(path: str) -> tuple[Iterable[Row], str]:
         for row in rows:
             digest.update(json.dumps(row.content, sort_keys=True, default=str).encode() + b"\n")
         return rows, digest.hexdigest()
-    if not Path(path).is_file():  # a pipe could not be read twice
+    if not os.path.isfile(path):  # a pipe could not be read twice
         raise DataError(
             f"{path} cannot be read: it is not a file. Pass a .jsonl file, plain, .gz or .xz, a "
             f".parquet file, or {HUB}NAME:SPLIT."

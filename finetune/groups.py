@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from qwen3_reranker.errors import InputError
-from qwen3_reranker.jsonl import faults_error
+from qwen3_reranker.jsonl import Faults
 from qwen3_reranker.packing import Group, Pack, Seat, build_pack
 from qwen3_reranker.tokenization import EncodedGroup, PromptTokenizer
 
@@ -87,8 +87,8 @@ class GroupDataset(Dataset[Example]):
         self._tokenizer = tokenizer
         self._sampling = sampling
         self._epoch = 0
-        if faults := list(self._without_room()):
-            raise faults_error("The training data", faults)
+        if faults := Faults("The training data", self._without_room()):
+            raise faults.error()
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch; the Trainer calls this."""

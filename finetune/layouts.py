@@ -12,6 +12,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qwen3_reranker.errors import named
+
 
 @dataclass(frozen=True, slots=True)
 class TrainingGroup:
@@ -275,8 +277,8 @@ def _refuse_unknown(content: dict[str, Any], keys: Collection[str]) -> None:
         raise ValueError("'candidates' is a key of evaluation rows; pass this file as --eval_file")
     if unknown:
         near = difflib.get_close_matches(unknown[0], sorted(keys), n=1)
-        advice = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(keys))}"
-        raise ValueError(f"unknown key {unknown[0][:40]!r}; {advice}")
+        advice = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(sorted(keys))}"
+        raise ValueError(f"unknown key {named(unknown[0])}; {advice}")
 
 
 def _refuse_repeats(group: TrainingGroup, places: tuple[str, str]) -> None:

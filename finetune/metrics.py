@@ -15,8 +15,8 @@ from statistics import fmean
 import numpy as np
 import numpy.typing as npt
 
-from qwen3_reranker.candidates import CandidateList
-from qwen3_reranker.errors import InputError, MissingExtraError
+from qwen3_reranker.candidates import LARGEST_LABEL, CandidateList
+from qwen3_reranker.errors import InputError, MissingExtraError, shown
 
 METRICS = ("nDCG@10", "MRR@10", "MAP", "R@10")
 """Names of what `measure` returns, the main one first."""
@@ -308,8 +308,11 @@ def _check_row(where: str, each: CandidateList, row: list[float]) -> None:
 
 
 def _check_at_least_1(name: str, value: int) -> None:
-    if value < 1:
-        raise InputError(f"{name} must be at least 1, got {value}. Leave it out for the default.")
+    if not 1 <= value <= LARGEST_LABEL:
+        most = "" if value < 1 else f" and at most {LARGEST_LABEL}"
+        raise InputError(
+            f"{name} must be at least 1{most}, got {shown(value)}. Leave it out for the default."
+        )
 
 
 def _trec(scored: ScoredSet) -> tuple[dict[str, dict[str, int]], dict[str, dict[str, float]]]:

@@ -151,8 +151,9 @@ def _check_work(work: Path, identity: dict[str, Any]) -> None:
     """See that unfinished work in the folder is of this very run."""
     record = work / "run.json"
     if any(each.name != LOCK for each in work.iterdir()):
-        found = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-        changed = [name for name in identity if found.get(name) != identity[name]]
+        found = _kept(record) if record.is_file() else {}
+        is_record = isinstance(found, dict)
+        changed = [name for name in identity if not is_record or found.get(name) != identity[name]]
         if changed:
             raise InputError(
                 f"'{work}' holds an unfinished run with other settings ({', '.join(changed)}), and "
@@ -197,8 +198,18 @@ def _first_stage(
     if not file.is_file():
         found = search(arguments.retriever, corpus, groups, arguments.depth, work, arguments.device)
         write_whole(file, json.dumps(found))
-    rankings: Rankings = json.loads(file.read_text(encoding="utf-8"))
+    rankings: Rankings = _kept(file)
     return rankings
+
+
+def _kept(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(
+            f"'{file}' of an unfinished run cannot be read ({type(error).__name__}). Delete its "
+            "folder to start anew."
+        ) from error
 
 
 @contextmanager

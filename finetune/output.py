@@ -73,7 +73,7 @@ def verify(folder: Path) -> dict[str, Any]:
         files, settings = content["files"], content["settings"]
     except FileNotFoundError as error:
         raise DamagedError(f"'{folder}' was not finished: it has no {MANIFEST}") from error
-    except (OSError, ValueError, LookupError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise DamagedError(f"'{folder}' is damaged: its {MANIFEST} cannot be read") from error
     if stated != _hash(content):
         raise DamagedError(f"'{folder}' is damaged: its {MANIFEST} was changed")

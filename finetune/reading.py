@@ -5,13 +5,13 @@ Decides what is refused before a model is loaded, with every fault of every file
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from qwen3_reranker.candidates import CandidateList
 from qwen3_reranker.errors import DataError
+from qwen3_reranker.jsonl import read_json
 
 from .config import RerankerArguments
 from .data import TrainingFile, TrainingGroup, check_leaks, describe, read_training_file
@@ -94,9 +94,9 @@ def paraphrases(path: str | None) -> dict[str, list[str]]:
     if path is None:
         return {}
     try:
-        content: dict[str, list[str]] = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"'{path}' is not valid JSON. Correct it.") from error
+        content: dict[str, list[str]] = read_json(path)
+    except ValueError as error:
+        raise DataError(f"'{path}' is not valid JSON ({error}). Correct it.") from error
     is_valid = isinstance(content, dict) and all(
         isinstance(wordings, list) and all(isinstance(wording, str) for wording in wordings)
         for wordings in content.values()

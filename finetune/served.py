@@ -87,11 +87,11 @@ def read_lists(paths: Sequence[str], *, depth: int | None = None) -> dict[str, l
 
 def _judged(path: str) -> list[CandidateList]:
     lists = read_candidates(path)
-    unjudged = [each.query_id for each in lists if each.labels is None and each.texts]
+    unjudged = [i for i, each in enumerate(lists, 1) if each.labels is None and each.texts]
     if unjudged:
         raise DataError(
-            f"{path}: query {unjudged[0]} has no labels, so nothing can be measured. Add a label "
-            "per candidate, or qrels beside the run."
+            f"{path}: query number {unjudged[0]} of {len(lists)} has no labels, so "
+            "nothing can be measured. Add a label per candidate, or qrels beside the run."
         )
     return lists
 

@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 
 from .checkpoint import read_json
-from .errors import MissingExtraError, ModelLoadError
+from .errors import MissingExtraError, ModelLoadError, named
 from .prompt import TEMPLATES, PromptTemplate
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,11 @@ _SAMPLED = 1024
 _REFUSED_SETTINGS = ("megatron_config", "layer_replication", "loftq_config", "eva_config",
          "corda_config", "arrow_config")  # fmt: skip
 """Settings of an adapter by which peft imports modules by name, or builds other layers."""
+_NAMES_OF_MODULES: dict[str, tuple[type, ...]] = {
+    "target_modules": (str, list), "exclude_modules": (str, list), "layers_pattern": (str, list),
+    "modules_to_save": (list,), "rank_pattern": (dict,), "alpha_pattern": (dict,),
+}  # fmt: skip
+"""Settings of an adapter that name modules of the base, and how JSON has them."""
 _PLAIN_PATTERN = re.compile(r"(\.\*)?[\w.|()^$\\-]*")
 """What matches in a moment: after one `.*` names and choices of names, and nothing that repeats."""
 
@@ -107,7 +112,7 @@ def recorded_template(asked: PromptTemplate | None, folder: Path) -> PromptTempl
         return asked
     try:
         record = read_json(record_file)["template"]
-        recorded_id, recorded_hash = record["id"], record["hash"]
+        recorded_id, recorded_hash = _text(record["id"]), _text(record["hash"])
     except (KeyError, TypeError) as error:
         raise ModelLoadError(
             f"'{record_file}' has no template id and hash. Train the adapter again, or delete the "
@@ -115,9 +120,9 @@ def recorded_template(asked: PromptTemplate | None, folder: Path) -> PromptTempl
         ) from error
     known = asked or TEMPLATES.get(recorded_id)
     if known is None or (known.id, known.hash) != (recorded_id, recorded_hash):
-        here = f"{known.id!r} ({known.hash[:12]})" if known else "unknown"
+        here = f"{named(known.id)} ({known.hash[:12]})" if known else "unknown"
         raise ModelLoadError(
-            f"'{folder}' was trained with template {recorded_id!r} "
+            f"'{folder}' was trained with template {named(recorded_id)} "
             f"({recorded_hash[:12]}), but the prompt here is {here}, which would change its "
             "scores. Pass template=None, or the PromptTemplate that trained it."
         )
@@ -184,14 +189,17 @@ def _refuse_adapter(full: Any, folder: Path) -> None:
     wanted = "CAUSAL_LM" if hasattr(full, "lm_head") else "SEQ_CLS"
     problem = None
     refused = sorted(name for name in settings if name in _REFUSED_SETTINGS and settings[name])
+    patterns = _patterns(settings)
     if settings.get("peft_type", "LORA") != "LORA":
-        problem = f"it is of type {settings['peft_type']!r}, not LORA"
+        problem = f"it is of type {named(settings['peft_type'])}, not LORA"
     elif refused:
         problem = f"its adapter_config.json sets {', '.join(refused)}, which is not followed here"
-    elif not all(map(_PLAIN_PATTERN.fullmatch, _patterns(settings))):
+    elif patterns is None:
+        problem = "its adapter_config.json names modules by what is no string"
+    elif not all(map(_PLAIN_PATTERN.fullmatch, patterns)):
         problem = "it names modules by a pattern that could take for ever to match; list them"
     elif settings.get("task_type") not in (wanted, None):
-        problem = f"it was trained for {settings['task_type']}, this base is {wanted}"
+        problem = f"it was trained for {named(settings['task_type'])}, this base is {wanted}"
     elif full.config.tie_word_embeddings and {"lm_head", "embed_tokens"} & set(
         settings.get("target_modules") or ()
     ):
@@ -203,14 +211,17 @@ def _refuse_adapter(full: Any, folder: Path) -> None:
         )
 
 
-def _patterns(settings: dict[str, Any]) -> list[str]:
-    """Return what peft matches as regular expressions against the names of modules."""
-    single = [settings.get(name) for name in ("target_modules", "exclude_modules")]
-    many = [settings.get(name) or () for name in ("rank_pattern", "alpha_pattern")]
-    layers = settings.get("layers_pattern") or ()
-    named = [layers] if isinstance(layers, str) else list(layers)
-    found = [*single, *many[0], *many[1], *named]
-    return [pattern for pattern in found if isinstance(pattern, str)]
+def _patterns(settings: dict[str, Any]) -> list[str] | None:
+    """Return what peft matches against the names of modules, or None if some are no strings."""
+    found: list[str] = []
+    for name, kinds in _NAMES_OF_MODULES.items():
+        value: Any = settings.get(name)
+        if value is None:
+            continue
+        if type(value) not in kinds:
+            return None
+        found += [value] if isinstance(value, str) else list(value)
+    return found if all(isinstance(pattern, str) for pattern in found) else None
 
 
 def recorded_base(folder: Path) -> str | None:
@@ -224,7 +235,19 @@ def recorded_base(folder: Path) -> str | None:
 
 def _base_record(folder: Path) -> dict[str, Any]:
     file = folder / ADAPTER_RECORD
-    return (read_json(file).get("base") or {}) if file.is_file() else {}
+    base = read_json(file).get("base") if file.is_file() else None
+    if base is not None and not isinstance(base, dict):
+        raise ModelLoadError(
+            f"'{file}' must describe the base in an object, got {type(base).__name__}. Train the "
+            "adapter again, or delete the file to load it unchecked."
+        )
+    return base or {}
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected a string, got {type(value).__name__}")
+    return value
 
 
 def refuse_other_base(found: str, folder: Path) -> None:
@@ -241,8 +264,8 @@ def refuse_other_base(found: str, folder: Path) -> None:
     if recorded is not None and recorded != found:
         raise ModelLoadError(
             f"adapter '{folder}' was trained on other weights than these (recorded base: "
-            f"{recorded_base(folder)!r}), so its scores would mean nothing. Load it on that base, "
-            "in the revision it was trained on."
+            f"{named(recorded_base(folder))}), so its scores would mean nothing. Load it on that "
+            "base, in the revision it was trained on."
         )
 
 

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from . import inputs
-from .errors import DocumentTooLargeError, InputError, NonFiniteScoreError
+from .errors import DocumentTooLargeError, InputError, NonFiniteScoreError, named
 from .jobs import rows_by
 from .reranker import Reranker
 
 NEEDED = ("query", "document")
+INSTRUCTION = "instruction"
 ADDED = ("score", "log_odds", "truncated")
 
 
@@ -60,8 +61,9 @@ def score_columns(reranker: Reranker, batch: Mapping[str, Sequence[Any]]) -> dic
             default; others are passed through.
 
     Raises:
-        InputError: If a column is missing or would be overwritten, or a row is no pair of texts
-            that fits; rows of the batch are pairs in it.
+        InputError: If a column is missing, would be overwritten, is no list of texts or has
+            another length, or a row is no pair of texts that fits; rows of the batch are pairs in
+            it.
         Qwen3RerankerError: As `Reranker.rank`.
     """
     _check_columns(batch)
@@ -74,7 +76,7 @@ def score_columns(reranker: Reranker, batch: Mapping[str, Sequence[Any]]) -> dic
         )
     except (InputError, DocumentTooLargeError, NonFiniteScoreError) as error:
         raise type(error)(_name_rows(str(error), positions)) from error
-    num_rows = len(batch["query"])
+    num_rows = sum(map(len, positions))
     scores, log_odds = np.empty(num_rows), np.empty(num_rows)
     truncated = np.empty(num_rows, bool)
     for ranking, rows in zip(rankings, positions, strict=True):
@@ -86,11 +88,17 @@ def score_columns(reranker: Reranker, batch: Mapping[str, Sequence[Any]]) -> dic
 
 
 def _check_columns(batch: Mapping[str, Sequence[Any]]) -> None:
+    if not hasattr(type(batch), "keys"):
+        raise InputError(
+            f"a batch must map names to columns, got {type(batch).__name__}. Pass a dict with the "
+            "columns query and document."
+        )
     missing = [name for name in NEEDED if name not in batch]
     if missing:
+        present = ", ".join(name if type(name) is str else named(name) for name in batch)
         raise InputError(
             f"a batch needs the columns query and document, {' and '.join(missing)} is missing of "
-            f"{', '.join(batch) or 'none'}. Rename the columns first."
+            f"{present or 'none'}. Rename the columns first."
         )
     taken = [name for name in ADDED if name in batch]
     if taken:
@@ -103,12 +111,27 @@ def _group(
     batch: Mapping[str, Sequence[Any]],
 ) -> tuple[list[tuple[str | None, str]], list[list[str]], list[list[int]]]:
     """Return the distinct (instruction, query)s, the documents of each, and their rows."""
-    pairs = inputs.pairs(zip(batch["query"], batch["document"], strict=True))
-    given = list(batch["instruction"]) if "instruction" in batch else None
-    instructions = inputs.instructions(given, len(pairs))
+    columns = {name: _column(batch, name) for name in (*NEEDED, INSTRUCTION) if name in batch}
+    if len(set(map(len, columns.values()))) > 1:
+        lengths = ", ".join(f"{len(column)} of {name}" for name, column in columns.items())
+        raise InputError(
+            f"the columns of a batch must have one length, got {lengths}. A row is one of each; "
+            "pass columns of one table."
+        )
+    pairs = inputs.pairs(zip(columns["query"], columns["document"], strict=True))
+    instructions = inputs.instructions(columns.get(INSTRUCTION), len(pairs))
     rows = rows_by(zip(instructions, (query for query, _ in pairs), strict=True))
     documents = [[pairs[row][1] for row in group] for group in rows.values()]
     return list(rows), documents, list(rows.values())
+
+
+def _column(batch: Mapping[str, Sequence[Any]], name: str) -> list[Any]:
+    if not hasattr(type(batch[name]), "__len__"):  # reading it would leave nothing to pass through
+        raise InputError(
+            f"column {name} must be a list of strings, got {type(batch[name]).__name__}. Pass a "
+            "list or an array, which can be read twice."
+        )
+    return inputs.sequence(batch[name], f"column {name}", "strings")
 
 
 def _name_rows(message: str, positions: Sequence[Sequence[int]]) -> str:

@@ -6,14 +6,15 @@ changes an order. Knows nothing of how it is fitted; `qwen3-finetune calibrate` 
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from .errors import InputError, ModelLoadError
+from . import inputs
+from .errors import InputError, ModelLoadError, shown
+from .jsonl import read_json
 from .results import probability
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ class Calibration:
         template_hash: Hash of the prompt template it was fitted for; None fits any.
 
     Raises:
-        InputError: If the temperature is not above 0, or one of the two is not finite.
+        InputError: If the temperature is not above 0, one of the two is not finite, or a hash is
+            no string.
 
     Example:
         >>> Calibration(temperature=2.0, bias=-1.0).probability(2.0)
@@ -46,17 +48,20 @@ class Calibration:
     def __post_init__(self) -> None:
         for name in ("temperature", "bias"):
             value = getattr(self, name)
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if (
-                not is_number
+                not inputs.is_number(value)
                 or not abs(value) <= sys.float_info.max
                 or (name == "temperature" and value <= 0)
             ):
                 bound = " above 0" if name == "temperature" else ""
                 raise InputError(
-                    f"{name} of a calibration must be a finite number{bound}, got {value!r}. Fit "
-                    "it with qwen3-finetune calibrate."
+                    f"{name} of a calibration must be a finite number{bound}, got {shown(value)}. "
+                    "Fit it with qwen3-finetune calibrate."
                 )
+            object.__setattr__(self, name, float(value))
+        for name in ("fingerprint", "template_hash"):
+            text = inputs.name_or_none(f"{name} of a calibration", getattr(self, name))
+            object.__setattr__(self, name, text)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Self:
@@ -66,25 +71,25 @@ class Calibration:
             InputError: If it cannot be read, or is no such file.
         """
         file = Path(path)
-        if file.is_dir():
+        if os.path.isdir(file):
             raise InputError(
                 f"calibration '{file}' is a folder. Pass the file in it, '{file / FILE_NAME}'."
             )
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            return cls(
+            content = read_json(file)
+            parts = (
                 content["temperature"],
                 content["bias"],
                 _text(content["model"]["fingerprint"]),
                 _text(content["template"]["hash"]),
             )
-        except InputError:
-            raise
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError) as error:
+            what = error if isinstance(error, ValueError) else "it lacks what such a file holds"
             raise InputError(
-                f"calibration '{file}' cannot be used ({type(error).__name__}). Pass a file that "
+                f"calibration '{file}' cannot be used ({what}). Pass a file that "
                 "qwen3-finetune calibrate wrote."
             ) from error
+        return cls(*parts)
 
     def probability(self, log_odds: float) -> float:
         """Return the calibrated score of a model's log-odds."""
@@ -123,10 +128,12 @@ def calibration_of(value: Any) -> Calibration | None:
     Raises:
         InputError: If it is none of these, or the file cannot be used.
     """
-    if value is None or isinstance(value, Calibration):
-        return value
-    if isinstance(value, (str, os.PathLike)):
-        return Calibration.read(os.fsdecode(value))
+    kind = type(value)
+    if value is None or issubclass(kind, Calibration):
+        found: Calibration | None = value
+        return found
+    if issubclass(kind, (str, os.PathLike)):
+        return Calibration.read(inputs.path("calibration", value))
     raise InputError(
         f"calibration must be a file, a Calibration or None, got {type(value).__name__}. Pass the "
         f"{FILE_NAME} that qwen3-finetune calibrate wrote."

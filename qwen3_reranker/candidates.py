@@ -10,8 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .errors import InputError
+from .documents import name_of
+from .errors import InputError, shown
 from .jsonl import parse_rows
+
+LARGEST_LABEL = 2**31 - 1
+"""Of a relevance; trec_eval keeps it in so many bits, and what is far larger is no float."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +55,8 @@ class CandidateList:
             return self
         if depth < 1:
             raise InputError(
-                f"depth must be at least 1 or None, got {depth}. Use None to keep every candidate."
+                f"depth must be at least 1 or None, got {shown(depth)}. Use None to keep "
+                "every candidate."
             )
         kept = None if self.labels is None else self.labels[:depth]
         cut_off = [] if self.labels is None else [label for label in self.labels[depth:] if label]
@@ -117,25 +122,25 @@ def _parse(row: dict[str, Any], line: int) -> CandidateList:
     for i, label in enumerate(labels):
         if is_judged != (label is not None) or (is_judged and not _is_label(label)):
             raise ValueError(
-                f"candidates[{i}] must have a whole 'label' of at least 0 like the others, or none"
+                f"candidates[{i}] must have a whole 'label' from 0 to {LARGEST_LABEL} like the "
+                "others, or none"
             )
     missing = row.get("missing_labels", [])
     if not isinstance(missing, list) or not all(_is_label(label) for label in missing):
-        raise ValueError("'missing_labels' must be a list of whole numbers of at least 0")
+        raise ValueError(
+            f"'missing_labels' must be a list of whole numbers from 0 to {LARGEST_LABEL}"
+        )
     return CandidateList(
-        query_id=_name(row.get("query_id"), line),
+        query_id=name_of(row, "query_id", line),
         query=query,
         instruction=instruction,
-        ids=[_name(candidate.get("id"), i) for i, candidate in enumerate(candidates)],
+        ids=[name_of(candidate, "id", i) for i, candidate in enumerate(candidates)],
         texts=[candidate["text"] for candidate in candidates],
         labels=labels if is_judged else None,
         missing_labels=missing,
     )
 
 
-def _name(given: object, position: int) -> str:
-    return str(position if given is None else given)
-
-
 def _is_label(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    return is_whole and 0 <= value <= LARGEST_LABEL

@@ -22,7 +22,9 @@ from huggingface_hub.errors import HFValidationError
 
 from .attention import NAME as PACKED_ATTENTION
 from .embedded import EMBEDDED, EMBEDDED_BASE, embedded_folder
-from .errors import ModelLoadError
+from .errors import ModelLoadError, named, shown
+from .jsonl import MAX_LINE_BYTES
+from .tokenization import panic_is_error
 
 _CONTROL_TOKENS = {"<|im_start|>", "<|im_end|>", "<think>", "</think>"}
 _SUPPORTED = ("qwen3", "qwen2", "llama")
@@ -39,11 +41,12 @@ def locate(model: str, revision: str | None, what: str = "model") -> tuple[Path,
     """
     if model in (EMBEDDED, EMBEDDED_BASE):
         return embedded_folder(model), None
-    path = Path(model).expanduser()
-    if path.is_dir():
+    # Not Path's own, which raise where a name is too long for a file or a user unknown.
+    path = Path(os.path.expanduser(model))
+    if os.path.isdir(path):
         _refuse_outsiders(path)
         return path, None
-    if path.is_file():
+    if os.path.isfile(path):
         if path.suffix != ".gguf":
             raise ModelLoadError(
                 f"{what} is the file '{model}', but only .gguf files load alone. Pass the folder "
@@ -151,12 +154,14 @@ def read_tokenizer(folder: Path, gguf_file: str | None) -> str:
             raise ModelLoadError(
                 f"'{folder}' has no tokenizer.json. Copy the one of the base model into it."
             )
-        with _alone(folder, gguf_file) as source:
+        with _alone(folder, gguf_file) as source, panic_is_error():
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 source, gguf_file=gguf_file, local_files_only=True, trust_remote_code=False
             )
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
-    except (OSError, ValueError) as error:
+            state = json.loads(tokenizer.backend_tokenizer.to_str())
+    except ModelLoadError:
+        raise
+    except Exception as error:  # of several libraries
         raise ModelLoadError(
             f"the tokenizer of '{folder}' cannot be read ({type(error).__name__}). Copy the "
             "tokenizer.json of the base model beside the weights."
@@ -268,7 +273,16 @@ def read_json(file: Path) -> dict[str, Any]:
         ModelLoadError: If it cannot be read or parsed.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        with file.open("rb") as opened:
+            raw = opened.read(MAX_LINE_BYTES + 1)
+        if len(raw) > MAX_LINE_BYTES:
+            raise ModelLoadError(
+                f"'{file}' has more than {MAX_LINE_BYTES} bytes, which no settings need. Fetch the "
+                "checkpoint again."
+            )
+        content = json.loads(raw.decode("utf-8"))
+    except ModelLoadError:
+        raise
     except OSError as error:
         raise ModelLoadError(
             f"'{file}' cannot be read ({type(error).__name__}). Fetch the checkpoint again."
@@ -327,7 +341,7 @@ def _refuse_other_weights(source: Path, name: object, *suffixes: str) -> None:
 def _refuse_decoder(model_type: object, folder: Path) -> None:
     if model_type not in _SUPPORTED:
         raise ModelLoadError(
-            f"'{folder}' cannot be packed exactly: its decoder is {model_type!r}, not one of "
+            f"'{folder}' cannot be packed exactly: its decoder is {named(model_type)}, not one of "
             f"{', '.join(_SUPPORTED)}. Use a Qwen3-Reranker checkpoint or a fine-tune of one."
         )
 
@@ -338,23 +352,31 @@ def refuse_unsupported(config: Any, model: str) -> None:
     Raises:
         ModelLoadError: If the head, a layer or the rotary embedding is of a kind it is not for.
     """
-    architecture = config.architectures[0]
+    names = config.architectures
+    architecture = names[0] if isinstance(names, list) else names
     family = {"qwen3": "Qwen3", "qwen2": "Qwen2", "llama": "Llama"}[config.model_type]
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    others = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    parameters = getattr(config, "rope_parameters", None) or {}
+    rope = parameters.get("rope_type", "default") if isinstance(parameters, dict) else None
+    types = getattr(config, "layer_types", None) or ()
+    others = [kind for kind in types if kind != "full_attention"]
     problem = None
-    if architecture not in (f"{family}ForCausalLM", f"{family}ForSequenceClassification"):
-        problem = f"its architecture is {architecture}, which has no yes/no head"
+    if not isinstance(names, list) or architecture not in (
+        f"{family}ForCausalLM",
+        f"{family}ForSequenceClassification",
+    ):
+        problem = f"its architecture is {named(architecture)}, which has no yes/no head"
+    elif not isinstance(rope, str):
+        problem = "its rotary embedding is described by what is no name"
     elif getattr(config, "is_causal", None) is False:
         problem = "its attention looks both ways (is_causal is false)"
     elif architecture.endswith("ForSequenceClassification") and config.num_labels != 1:
-        problem = f"it classifies into {config.num_labels} labels, a reranker has one"
+        problem = f"it classifies into {shown(config.num_labels)} labels, a reranker has one"
     elif others:
-        problem = f"it has layers of type {', '.join(sorted(others))}, packs need full attention"
+        problem = f"it has layers of type {named(others[0])}, packs need full attention"
     elif getattr(config, "attn_logit_softcapping", None):
         problem = "its attention scores are soft-capped"
     elif rope in _LENGTH_DEPENDENT_ROPE:
-        problem = f"its rotary embedding is {rope!r}, so scores would depend on pack companions"
+        problem = f"its rotary embedding is {named(rope)}, so scores depend on pack companions"
     if problem:
         raise ModelLoadError(
             f"'{model}' cannot be packed exactly: {problem}. Use a Qwen3-Reranker checkpoint or "

@@ -14,16 +14,17 @@ Each may end in .gz or .xz as well. Without qrels the lists have no labels.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .candidates import CandidateList, read_candidate_rows
+from .candidates import LARGEST_LABEL, CandidateList, read_candidate_rows
 from .documents import parse_document
 from .errors import DataError
-from .jsonl import faults_error, parse_rows, read_lines
+from .jsonl import Faults, parse_rows, read_lines
 
 _RUN_ENDINGS = (".trec", ".run")
 _TEXT_ENDINGS = (".jsonl", ".tsv")
@@ -76,7 +77,7 @@ def read_candidates(path: str) -> list[CandidateList]:
 
 def is_collection(path: str) -> bool:
     """Return whether a path leads to a run, or to a folder that should hold one."""
-    return _plain(path).endswith(_RUN_ENDINGS) or Path(path).is_dir()
+    return _plain(path).endswith(_RUN_ENDINGS) or os.path.isdir(path)
 
 
 def files_of(path: str) -> list[str]:
@@ -174,16 +175,23 @@ def _as_list(
 
 def _find(path: str) -> _Found:
     given = Path(path)
-    folder = given if given.is_dir() else given.parent
-    files = [file for file in folder.glob("*") if _plain(file.name).endswith(_RUN_ENDINGS)]
-    runs = [str(file) for file in sorted(files) if not file.name.startswith("qrels.")]
-    if given.is_dir() and len(runs) != 1:
+    is_folder = os.path.isdir(path)
+    folder = given if is_folder else given.parent
+    try:
+        names = sorted(os.listdir(folder))
+    except (OSError, ValueError) as error:  # ValueError: a null character
+        raise DataError(
+            f"the folder of '{path}' cannot be read ({type(error).__name__}). Check the path."
+        ) from error
+    files = [folder / name for name in names if _plain(name).endswith(_RUN_ENDINGS)]
+    runs = [str(file) for file in files if not file.name.startswith("qrels.")]
+    if is_folder and len(runs) != 1:
         what = f"{len(runs)} runs" if runs else "no run (a file that ends in .trec or .run)"
         raise DataError(f"'{path}' has {what}. Pass the path of the run, in that folder.")
     qrels = [file for file in folder.glob("qrels.*") if file.is_file()]
     qrels += [file for file in folder.glob("qrels/*") if file.is_file()]
     return _Found(
-        run=runs[0] if given.is_dir() else path,
+        run=runs[0] if is_folder else path,
         corpus=_text_file(folder, "corpus"),
         queries=_text_file(folder, "queries"),
         qrels=sorted(map(str, qrels)),
@@ -220,23 +228,25 @@ def _split_of(found: _Found) -> str:
 def _read_lines_of(path: str, parse: Callable[[list[str]], tuple[str, str, float]]) -> ByQuery:
     """Read the lines of a run or of qrels, by query in order of appearance."""
     found: ByQuery = {}
-    seen: set[tuple[str, str]] = set()
-    faults = []
+    seen: dict[tuple[str, str], int] = {}
+    faults = Faults(path)
     for line, text in read_lines(path):
         columns = text.split()
         if line == 1 and len(columns) == 3 and columns[2].isalpha():
             continue  # BEIR's header
         try:
             query, document, value = parse(columns)
-            if (query, document) in seen:
-                raise ValueError(f"document '{document}' comes twice for query '{query}'")
+            first = seen.setdefault((query, document), line)
+            if first != line:
+                raise ValueError(
+                    f"its query and document are those of line {first}; give each pair once"
+                )
         except ValueError as error:
-            faults.append(f"line {line}: {error}")
+            faults.add(f"line {line}: {error}")
             continue
-        seen.add((query, document))
         found.setdefault(query, []).append(Line(line, query, document, value))
     if faults:
-        raise faults_error(path, faults)
+        raise faults.error()
     if not found:
         raise DataError(f"{path} has no lines. Pass a run or qrels with one document per line.")
     return found
@@ -262,9 +272,15 @@ def _parse_qrels(columns: list[str]) -> tuple[str, str, float]:
             "must have 4 columns (query, 0, document, label) or BEIR's 3 (query, document, label), "
             f"got {len(columns)}"
         )
-    if re.fullmatch(r"[+-]?[0-9]+", columns[-1]) is None:
-        raise ValueError("the label in the last column must be a whole number")
-    return columns[0], columns[-2], max(int(columns[-1]), 0)
+    label = columns[-1]
+    if re.fullmatch(r"-[0-9]+", label):
+        return columns[0], columns[-2], 0
+    digits = label.removeprefix("+").lstrip("0") or label[-1]
+    if re.fullmatch(r"[0-9]{1,10}", digits) is None or int(digits) > LARGEST_LABEL:
+        raise ValueError(
+            f"the label in the last column must be a whole number of at most {LARGEST_LABEL}"
+        )
+    return columns[0], columns[-2], int(digits)
 
 
 def _read_texts(path: str, wanted: Collection[str]) -> dict[str, str]:
@@ -292,18 +308,19 @@ def _read_named(
 ) -> dict[str, Value]:
     """Read what is called by an id; what is parsed as None is left out."""
     found: dict[str, Value] = {}
+    lines: dict[str, int] = {}
 
     def keep(row: dict[str, Any], line: int) -> None:
         name, value = parse(row, line)
         if name in found:
-            raise ValueError(f"id '{name}' comes twice")
+            raise ValueError(f"its id is that of line {lines[name]}; give each id once")
         if value is not None:
-            found[name] = value
+            found[name], lines[name] = value, line
 
     if _plain(path).endswith(".jsonl"):
         parse_rows(path, keep)
         return found
-    faults = []
+    faults = Faults(path)
     for line, text in read_lines(path):
         name, tab, rest = text.partition("\t")
         try:
@@ -311,9 +328,9 @@ def _read_named(
                 raise ValueError("must be an id, a tab and a text")
             keep({"_id": name, "text": rest}, line)
         except ValueError as error:
-            faults.append(f"line {line}: {error}")
+            faults.add(f"line {line}: {error}")
     if faults:
-        raise faults_error(path, faults)
+        raise faults.error()
     return found
 
 
@@ -328,10 +345,9 @@ def _unless_faulty(errors: list[str], read: Callable[..., Value], *args: Any) ->
 
 def _check(errors: list[str], path: str, lost: Iterable[Line], target: str, kind: str) -> None:
     """Add an error for lines that name what is not in another file."""
-    faults = [f"line {each.line}: {kind} '{getattr(each, kind)}' is not in {target}"
-              for each in lost]  # fmt: skip
+    faults = Faults(path, (f"line {each.line}: its {kind} is not in {target}" for each in lost))
     if faults:
-        errors.append(str(faults_error(path, faults)))
+        errors.append(str(faults.error()))
 
 
 def _plain(path: str) -> str:

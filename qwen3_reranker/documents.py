@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import DataError
-from .jsonl import faults_error, parse_rows, read_lines
+from .jsonl import MAX_LINE_BYTES, Faults, parse_rows, read_lines
 
-_LONGEST_CELL = 2**27
-"""Characters; csv by itself refuses what has more than 131,072."""
+# csv by itself refuses cells of more than 131,072 characters. The limit is the process's: set while
+# a file is read, it would be another thread's, too, or be taken from under it.
+csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,16 +86,29 @@ def parse_document(row: dict[str, Any], line: int) -> Document:
     title = row.get("title")
     if title is not None and not isinstance(title, str):
         raise ValueError(f"'title' must be a string, got {type(title).__name__}")
-    id = row.get("id") if row.get("_id") is None else row["_id"]
-    return Document(str(line if id is None else id), row["text"], title or "")
+    id = name_of(row, "id" if row.get("_id") is None else "_id", line)
+    return Document(id, row["text"], title or "")
+
+
+def name_of(row: dict[str, Any], key: str, position: int) -> str:
+    """Return the name that a row gives under a key, or else its position.
+
+    Raises:
+        ValueError: If the name is neither a string nor a number.
+    """
+    name = row.get(key)
+    if name is None:
+        return str(position)
+    if isinstance(name, bool) or not isinstance(name, (str, int, float)):
+        raise ValueError(f"'{key}' must be a string or a number, got {type(name).__name__}")
+    return str(name)
 
 
 def _read_csv(path: str, max_bytes: int | None) -> list[Document]:
     # A blank line may stand inside a quoted text.
     lines = (f"{text}\n" for _, text in read_lines(path, keep_blank=True, max_bytes=max_bytes))
     reader = csv.reader(lines, strict=True)
-    documents, faults = [], []
-    usual = csv.field_size_limit(_LONGEST_CELL)
+    documents, faults = [], Faults(path)
     try:
         header = next(reader, [])
         if header.count("text") != 1:
@@ -106,17 +120,15 @@ def _read_csv(path: str, max_bytes: int | None) -> list[Document]:
             if not row:
                 continue
             if len(row) != len(header):
-                faults.append(f"line {reader.line_num}: {len(row)} columns, not {len(header)}")
+                faults.add(f"line {reader.line_num}: {len(row)} columns, not {len(header)}")
                 continue
             named = {name: cell for name, cell in zip(header, row, strict=True)
                      if cell or name == "text"}  # fmt: skip
             documents.append(parse_document(named, reader.line_num))
     except csv.Error as error:
-        faults.append(f"line {reader.line_num}: {error}")
-    finally:
-        csv.field_size_limit(usual)
+        faults.add(f"line {reader.line_num}: {error}")
     if faults:
-        raise faults_error(path, faults)
+        raise faults.error()
     if not documents:
         raise DataError(f"{path} has no rows. Pass a file with one document per row.")
     return documents

@@ -21,7 +21,44 @@ do next. They carry indices, lengths and types, never the text of a query or doc
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
+
+
+def shown(value: object) -> str:
+    """Return what a message says of a value from outside: a number if it is short, or its type.
+
+    A text is never quoted, and nothing of the value's own is run: Python refuses to print a whole
+    number of more than 4,300 digits, and a subclass may print anything.
+
+    Example:
+        >>> shown(1.5), shown("text"), shown(10**400)
+        ('1.5', 'str', 'int of 1329 bits')
+    """
+    number: Any = value
+    kind = type(value)
+    if value is None or kind is bool:
+        return repr(value)
+    if issubclass(kind, float):
+        return float.__repr__(number)
+    if issubclass(kind, int):
+        size = int.bit_length(number)
+        return int.__repr__(number) if size <= 64 else f"int of {size} bits"
+    return kind.__name__
+
+
+def named(value: object) -> str:
+    """Return what a message says of a name from outside: forty characters of it, in quotes.
+
+    For names of settings, files and tokens alone; of a text or a number it says what `shown` does.
+
+    Example:
+        >>> named("int4"), named(["int4"])
+        ("'int4'", 'list')
+    """
+    if not issubclass(type(value), str):
+        return shown(value)
+    text = str.__str__(value)
+    return repr(text if len(text) <= 40 else f"{text[:40]}...")
 
 
 class Qwen3RerankerError(Exception):

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import operator
 import os
+import sys
 from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import numpy as np
 
-from .errors import InputError
-from .prompt import TEMPLATES, PromptTemplate
+from .errors import InputError, named, shown
+from .prompt import TEMPLATES, PromptTemplate, plain
 
 API_KEY_VARIABLE = "QWEN3_RERANKER_API_KEY"
 """Where the server looks for the key of its clients, and a client for that of its server."""
@@ -25,30 +26,15 @@ _LONGEST_TIMEOUT_S = 1e9
 DTYPES = ("float32", "bfloat16", "float16", "int8", "nf4")
 
 
-def plain(value: str) -> str:
-    """Return a string of exactly the type str, the same object where it is one.
-
-    What a subclass redefines would act inside the prompt: `markupsafe.Markup` escapes the labels
-    that it is joined with.
-
-    Example:
-        >>> class Loud(str):
-        ...     def __add__(self, other): return self.upper()
-        >>> plain(Loud("tea")) + "!"
-        'tea!'
-    """
-    return value if type(value) is str else str.__str__(value)
-
-
 def query(value: Any, name: str = "query") -> str:
     """Return the query, a string that is not blank.
 
     Raises:
         InputError: If it is not a string, or blank.
     """
-    if not isinstance(value, str):
-        raise InputError(f"{name} must be a string, got {type(value).__name__}. Pass the text.")
     text = plain(value)
+    if text is None:
+        raise InputError(f"{name} must be a string, got {type(value).__name__}. Pass the text.")
     if not text.strip():
         raise InputError(f"{name} is blank ({len(text)} characters). Pass what to look for.")
     return text
@@ -60,16 +46,17 @@ def documents(value: Any, name: str = "documents") -> list[str]:
     Raises:
         InputError: If they are not strings in a list or another iterable with an order.
     """
-    items = _items(value, name, "strings")
-    wrong = [i for i, item in enumerate(items) if not isinstance(item, str)]
-    if wrong:
+    items = sequence(value, name, "strings")
+    texts = [text for item in items if (text := plain(item)) is not None]
+    if len(texts) < len(items):
+        wrong = [i for i, item in enumerate(items) if plain(item) is None]
         kind = type(items[wrong[0]]).__name__
         others = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise InputError(
             f"{name}[{wrong[0]}] must be a string, got {kind}{others}. Pass the text itself; an "
             "empty string stands for a document without text."
         )
-    return list(map(plain, items))
+    return texts
 
 
 def lists(queries: Any, documents_of: Any) -> tuple[list[str], list[list[str]]]:
@@ -78,15 +65,15 @@ def lists(queries: Any, documents_of: Any) -> tuple[list[str], list[list[str]]]:
     Raises:
         InputError: If they are not aligned, or one is not what `query` or `documents` accepts.
     """
-    given = _items(queries, "queries", "strings")
-    rows = _items(documents_of, "documents", "lists of strings, one per query")
+    given = sequence(queries, "queries", "strings")
+    rows = sequence(documents_of, "documents", "lists of strings, one per query")
     if len(given) != len(rows):
         raise InputError(
             f"queries and documents must be aligned, got {len(given)} queries and {len(rows)} "
             "lists of documents. Pass one list per query."
         )
     is_single = len(given) == 1
-    if not is_single and any(isinstance(row, str) for row in rows):
+    if not is_single and any(plain(row) is not None for row in rows):
         raise InputError(
             "documents must be a list of lists, one per query, got strings. Pass the documents of "
             "each query as a list of their own."
@@ -117,19 +104,21 @@ def pairs(value: Any) -> list[tuple[str, str]]:
         InputError: If an item is not a pair of strings, or a query is blank.
     """
     checked = []
-    for i, item in enumerate(_items(value, "pairs", "(query, document) pairs")):
-        if not isinstance(item, (tuple, list)) or len(item) != 2:
-            count = f" of {len(item)}" if isinstance(item, (tuple, list)) else ""
+    for i, item in enumerate(sequence(value, "pairs", "(query, document) pairs")):
+        is_list = _is(item, tuple, list)
+        if not is_list or len(item) != 2:
+            count = f" of {len(item)}" if is_list else ""
             raise InputError(
                 f"pairs[{i}] must be a (query, document) pair, got {type(item).__name__}{count}. "
                 "Pass two strings."
             )
-        if not isinstance(item[1], str):
+        document = plain(item[1])
+        if document is None:
             raise InputError(
                 f"document of pairs[{i}] must be a string, got {type(item[1]).__name__}. Pass the "
                 "text itself."
             )
-        checked.append((query(item[0], f"query of pairs[{i}]"), plain(item[1])))
+        checked.append((query(item[0], f"query of pairs[{i}]"), document))
     return checked
 
 
@@ -139,12 +128,13 @@ def instruction(value: Any, name: str = "instruction") -> str | None:
     Raises:
         InputError: If it is neither a string nor None.
     """
-    if value is not None and not isinstance(value, str):
+    text = plain(value)
+    if text is None and value is not None:
         raise InputError(
             f"{name} must be a string or None, got {type(value).__name__}. Pass one English "
             "sentence that states the task."
         )
-    return None if value is None else plain(value)
+    return text
 
 
 def instructions(value: Any, num_queries: int) -> list[str | None]:
@@ -153,10 +143,8 @@ def instructions(value: Any, num_queries: int) -> list[str | None]:
     Raises:
         InputError: If there are fewer or more than queries, or one is not a string or None.
     """
-    if value is None or isinstance(value, str):
+    if not _is(value, list, tuple):
         return [instruction(value)] * num_queries
-    if not isinstance(value, (list, tuple)):
-        instruction(value)
     if len(value) != num_queries:
         raise InputError(
             f"instruction must be one string or one per query, got {len(value)} for "
@@ -171,17 +159,17 @@ def cut(top_n: Any, score_threshold: Any) -> None:
     Raises:
         InputError: If `top_n` is below 1 or `score_threshold` is no probability.
     """
-    if top_n is not None and (not _is_int(top_n) or top_n < 1):
+    if top_n is not None and (_integer(top_n) or 0) < 1:
         raise InputError(
-            f"top_n must be an integer of at least 1 or None, got {top_n!r}. Use None to keep "
+            f"top_n must be an integer of at least 1 or None, got {shown(top_n)}. Use None to keep "
             "every document."
         )
     if score_threshold is not None and not (
-        _is_number(score_threshold) and 0 <= score_threshold <= 1  # false for NaN
+        is_number(score_threshold) and 0 <= score_threshold <= 1  # false for NaN
     ):
         raise InputError(
-            f"score_threshold must be between 0 and 1 or None, got {score_threshold!r}. Scores "
-            "are probabilities; use None to keep every document."
+            f"score_threshold must be between 0 and 1 or None, got {shown(score_threshold)}. "
+            "Scores are probabilities; use None to keep every document."
         )
 
 
@@ -191,12 +179,13 @@ def name_or_none(name: str, value: Any) -> str | None:
     Raises:
         InputError: If it is neither a string nor None.
     """
-    if value is not None and not isinstance(value, str):
+    text = plain(value)
+    if text is None and value is not None:
         raise InputError(
             f"{name} must be a string or None, got {type(value).__name__}. Use None for the "
             "default."
         )
-    return value
+    return text
 
 
 def device(value: Any) -> str | None:
@@ -205,21 +194,23 @@ def device(value: Any) -> str | None:
     Raises:
         InputError: If it is neither, nor None.
     """
-    is_torch_device = type(value).__module__ == "torch" and type(value).__name__ == "device"
-    return str(value) if is_torch_device else name_or_none("device", value)
+    return str(value) if _is_of_torch(value, "device") else name_or_none("device", value)
 
 
 def positive_int(name: str, value: Any) -> int:
     """Return a count of at least 1.
 
     Raises:
-        InputError: If it is not an integer, or below 1.
+        InputError: If it is not an integer, below 1, or more than any machine counts.
     """
-    if not _is_int(value) or value < 1:
+    count = _integer(value) or 0
+    if not 1 <= count <= sys.maxsize:
+        most = f" and at most {sys.maxsize}" if count > 0 else ""
         raise InputError(
-            f"{name} must be an integer of at least 1, got {value!r}. Leave it out for the default."
+            f"{name} must be an integer of at least 1{most}, got {shown(value)}. Leave it out for "
+            "the default."
         )
-    return int(value)
+    return count
 
 
 def choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
@@ -228,12 +219,13 @@ def choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     Raises:
         InputError: If it is none of them.
     """
-    if value not in choices:
+    word = plain(value)
+    if word is None or word not in choices:
         raise InputError(
-            f"{name} must be one of {', '.join(choices)}, got {value!r}. Leave it out for "
+            f"{name} must be one of {', '.join(choices)}, got {named(value)}. Leave it out for "
             f"{choices[0]}."
         )
-    return str(value)
+    return word
 
 
 def api_key(name: str, value: Any) -> str | None:
@@ -244,7 +236,7 @@ def api_key(name: str, value: Any) -> str | None:
     """
     if value is None:
         return None
-    key = value.strip() if isinstance(value, str) else ""
+    key = (plain(value) or "").strip()
     if not key or not key.isascii() or not key.isprintable() or " " in key:
         raise InputError(
             f"{name} must be printable ASCII without spaces, got something else (not shown). Put "
@@ -259,9 +251,11 @@ def flag(name: str, value: Any) -> bool:
     Raises:
         InputError: If it is neither True nor False.
     """
-    if not isinstance(value, bool):
-        raise InputError(f"{name} must be True or False, got {value!r}. Leave it out for False.")
-    return value
+    if not _is(value, bool):
+        raise InputError(
+            f"{name} must be True or False, got {shown(value)}. Leave it out for False."
+        )
+    return bool(value)
 
 
 def timeout(value: Any) -> float | None:
@@ -272,10 +266,10 @@ def timeout(value: Any) -> float | None:
     """
     if value is None:
         return None
-    if not _is_number(value) or not value > 0:  # also NaN
+    if not is_number(value) or not value > 0:  # also NaN
         raise InputError(
-            f"timeout_s must be a number of seconds above 0 or None, got {value!r}. Use None to "
-            "wait as long as it takes."
+            f"timeout_s must be a number of seconds above 0 or None, got {shown(value)}. Use None "
+            "to wait as long as it takes."
         )
     # What no clock can count is as long as it takes; compared first, as 10**400 is no float.
     return None if value > _LONGEST_TIMEOUT_S else float(value)
@@ -287,12 +281,13 @@ def window_score(value: Any) -> Any:
     Raises:
         InputError: If it is none of the ways there are.
     """
-    if value not in (None, "max", "mean"):
+    word = plain(value)
+    if word not in (None, "max", "mean") or (word is None and value is not None):
         raise InputError(
-            f"window_score must be 'max', 'mean' or None, got {value!r}. Use None to cut documents "
-            "that do not fit."
+            f"window_score must be 'max', 'mean' or None, got {named(value)}. Use None to cut "
+            "documents that do not fit."
         )
-    return value
+    return word
 
 
 def dtype(value: Any) -> str | None:
@@ -301,10 +296,13 @@ def dtype(value: Any) -> str | None:
     Raises:
         InputError: If it is no dtype that models run in.
     """
-    name = None if value is None else str(value).removeprefix("torch.")
-    if name is not None and name not in DTYPES:
+    is_of_torch = _is_of_torch(value, "dtype")
+    name = str(value) if is_of_torch else plain(value)
+    name = None if name is None else name.removeprefix("torch.")
+    if name not in (None, *DTYPES) or (name is None and value is not None):
+        got = value if is_of_torch else named(value)
         raise InputError(
-            f"dtype must be one of {', '.join(DTYPES)} or None, got {value!r}. Use None for the "
+            f"dtype must be one of {', '.join(DTYPES)} or None, got {got}. Use None for the "
             "default of checkpoint and device."
         )
     return name
@@ -316,14 +314,16 @@ def template(value: Any) -> PromptTemplate | None:
     Raises:
         InputError: If it is neither, nor None.
     """
-    if value is None or isinstance(value, PromptTemplate):
-        return value
-    if not isinstance(value, str) or value not in TEMPLATES:
+    if value is None or _is(value, PromptTemplate):
+        found: PromptTemplate | None = value
+        return found
+    name = plain(value)
+    if name is None or name not in TEMPLATES:
         raise InputError(
             f"template must be one of {', '.join(TEMPLATES)}, a PromptTemplate or None, got "
-            f"{value!r}. Use None to take what the checkpoint was trained with."
+            f"{named(value)}. Use None to take what the checkpoint was trained with."
         )
-    return TEMPLATES[value]
+    return TEMPLATES[name]
 
 
 def path(name: str, value: Any) -> str:
@@ -332,34 +332,69 @@ def path(name: str, value: Any) -> str:
     Raises:
         InputError: If it is neither, or blank.
     """
-    if not isinstance(value, (str, os.PathLike)):
+    if not _is(value, str, os.PathLike):
         raise InputError(
             f"{name} must be a Hub name or a path, got {type(value).__name__}. Pass a string."
         )
-    text = os.fsdecode(value)
+    text = plain(value)
+    if text is None:
+        text = os.fsdecode(value)
     if not text.strip():
         raise InputError(f"{name} is blank. Pass a Hub name such as 'Qwen/Qwen3-Reranker-0.6B'.")
     return text
 
 
-def _items(value: Any, name: str, content: str) -> list[Any]:
+def sequence(value: Any, name: str, content: str) -> list[Any]:
+    """Return the items of a list or another iterable with an order; they are not looked at.
+
+    Args:
+        value: What was passed.
+        name: Of the argument.
+        content: What its items should be.
+
+    Raises:
+        InputError: If it has no order, is a table, or could only hold numbers: an empty one would
+            pass for no documents.
+    """
     # A string is a sequence of strings, and sets and mappings have no positions to return.
     remedy = "Wrap a single item in a list."
-    if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping, Set)):
-        if getattr(value, "ndim", 1) == 1:  # of arrays, series and tables
+    if _is(value, Iterable) and not _is(value, str, bytes, range, Mapping, Set):
+        if getattr(value, "ndim", 1) != 1:  # of arrays, series and tables
+            remedy = "Pass one column, of one dimension."
+        elif _holds_numbers(value):
+            remedy = f"Pass {content}."
+        else:
             return list(value)
-        remedy = "Pass one column, of one dimension."
     raise InputError(f"{name} must be a list of {content}, got {type(value).__name__}. {remedy}")
 
 
-def _is_number(value: Any) -> bool:
-    kinds = (int, float, np.floating, np.integer)
-    return isinstance(value, kinds) and not isinstance(value, bool)
+def is_number(value: Any) -> bool:
+    """Return whether a value is a number of Python or NumPy, and no truth value."""
+    return _is(value, int, float, np.floating, np.integer) and not _is(value, bool)
 
 
-def _is_int(value: Any) -> bool:
+def _is(value: object, *kinds: type) -> bool:
+    # Not isinstance, which believes a mock's __class__.
+    return issubclass(type(value), kinds)
+
+
+def _is_of_torch(value: object, name: str) -> bool:
+    return (type(value).__module__, type(value).__name__) == ("torch", name)
+
+
+def _holds_numbers(value: Any) -> bool:
+    dtype = getattr(value, "dtype", None)
+    if dtype is not None:
+        return _is_of_torch(dtype, "dtype") or getattr(dtype, "kind", "O") not in "OUT"
     try:
-        operator.index(value)
+        memoryview(value)  # bytearray, array.array
     except TypeError:
         return False
-    return not isinstance(value, bool)
+    return True
+
+
+def _integer(value: Any) -> int | None:
+    try:
+        return None if _is(value, bool) else operator.index(value)
+    except TypeError:
+        return None

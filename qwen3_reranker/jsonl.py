@@ -10,9 +10,10 @@ import gzip
 import json
 import lzma
 import math
+import os
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,8 @@ MAX_LINE_BYTES = 64 * 1024 * 1024
 """Of a line, unpacked; no text of a reranker is as long."""
 _MOST_LINES = 100_000
 """Of a file that is limited: a line takes some hundred bytes of memory, however short it is."""
+_MOST_FAULTS = 20
+"""Told of a file: what is wrong with thousands of lines is wrong with the file."""
 
 Parsed = TypeVar("Parsed")
 
@@ -42,6 +45,39 @@ class Row:
     line: int
     content: dict[str, Any] | None
     fault: str = ""
+
+
+class Faults:
+    """What is wrong with a file, line by line: the first twenty faults, and how many there are.
+
+    Args:
+        path: The file.
+        found: Faults known already.
+    """
+
+    def __init__(self, path: str, found: Iterable[str] = ()) -> None:
+        self._path = path
+        self._first: list[str] = []
+        self._count = 0
+        for fault in found:
+            self.add(fault)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, fault: str) -> None:
+        """Count a fault, which begins with its line."""
+        self._count += 1
+        if self._count <= _MOST_FAULTS:
+            self._first.append(fault)
+
+    def error(self) -> DataError:
+        """Return the error that lists the first faults and counts the others."""
+        count = "1 fault" if self._count == 1 else f"{self._count} faults"
+        others = self._count - len(self._first)
+        more = [f"... and {others} more"] if others else []
+        lines = [f"{self._path} has {count}; nothing was done:", *self._first, *more]
+        return DataError("\n  ".join(lines))
 
 
 def read_lines(
@@ -78,28 +114,34 @@ def read_rows(path: str, *, max_bytes: int | None = None) -> Iterator[Row]:
             text = _decode(line, raw)
             if not text.strip():
                 continue
-            content = json.loads(
-                text,
-                object_pairs_hook=_unique,
-                parse_constant=_refuse_constant,
-                parse_float=_finite,
-            )
-            json.dumps(content, ensure_ascii=False).encode()
+            content = _parse(text)
         except UnicodeDecodeError as error:
             yield Row(line, None, _not_utf8(error))
-        except json.JSONDecodeError as error:
-            yield Row(line, None, f"not JSON at column {error.colno}: {error.msg}")
-        except UnicodeEncodeError:
-            yield Row(line, None, "a string holds a lone surrogate, half of a character")
         except ValueError as error:
             yield Row(line, None, str(error))
-        except RecursionError:
-            yield Row(line, None, "nested too deeply")
         else:
             if isinstance(content, dict):
                 yield Row(line, content)
             else:
                 yield Row(line, None, f"must be an object, got {type(content).__name__}")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Return the content of a file that is one JSON value, of at most 64 MiB.
+
+    Raises:
+        ValueError: With what is wrong, in a few words; the caller says with which file.
+    """
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(MAX_LINE_BYTES + 1)
+        if len(raw) > MAX_LINE_BYTES:
+            raise ValueError(f"more than {MAX_LINE_BYTES} bytes")
+        return _parse(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start + 1} is not UTF-8") from error
+    except OSError as error:
+        raise ValueError(type(error).__name__) from error
 
 
 def parse_rows(
@@ -118,27 +160,19 @@ def parse_rows(
     Raises:
         DataError: If the file has a fault or no rows; the first twenty faults are listed.
     """
-    parsed, faults = [], []
+    parsed, faults = [], Faults(path)
     for row in read_rows(path, max_bytes=max_bytes):
         try:
             if row.content is None:
                 raise ValueError(row.fault)
             parsed.append(parse(row.content, row.line))
         except ValueError as error:
-            faults.append(f"line {row.line}: {error}")
+            faults.add(f"line {row.line}: {error}")
     if faults:
-        raise faults_error(path, faults)
+        raise faults.error()
     if not parsed:
         raise DataError(f"{path} has no rows. Pass a file with one JSON object per line.")
     return parsed
-
-
-def faults_error(path: str, faults: Sequence[str]) -> DataError:
-    """Return the error that counts the faults of a file and lists the first twenty."""
-    count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-    more = [f"... and {len(faults) - 20} more"] if len(faults) > 20 else []
-    lines = [f"{path} has {count}; nothing was done:", *faults[:20], *more]
-    return DataError("\n  ".join(lines))
 
 
 def _raw_lines(path: str, max_bytes: int | None = None) -> Iterator[tuple[int, bytes]]:
@@ -164,7 +198,10 @@ def _raw_lines(path: str, max_bytes: int | None = None) -> Iterator[tuple[int, b
                         "file."
                     )
                 yield number, raw
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+    except DataError:
+        raise
+    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
+        # ValueError: a path with a null character, a closed standard input.
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         where = f" after line {number}" if number else ""
         raise DataError(f"{path} cannot be read{where}: {reason}. Check the file.") from error
@@ -190,6 +227,25 @@ def _open(path: str) -> AbstractContextManager[BinaryIO]:
     return open(path, "rb")
 
 
+def _parse(text: str) -> Any:
+    """Return the value of a JSON text; raise ValueError, which quotes nothing, if it is none."""
+    try:
+        content = json.loads(
+            text,
+            object_pairs_hook=_unique,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+        )
+        json.dumps(content, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON at column {error.colno}: {error.msg}") from error
+    except UnicodeEncodeError as error:
+        raise ValueError("a string holds a lone surrogate, half of a character") from error
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    return content
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
@@ -204,5 +260,6 @@ def _refuse_constant(name: str) -> float:
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text} is too large for a number")
+        what = text if len(text) <= 20 else f"one of {len(text)} characters"
+        raise ValueError(f"{what} is too large for a number")
     return value

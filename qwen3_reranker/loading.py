@@ -22,7 +22,7 @@ from .attention import choose_backend
 from .checkpoint import locate, open_checkpoint, read_tokenizer, read_weights
 from .corpus import read_corpus
 from .cpu import bfloat16_pays, prepacking_pays
-from .errors import ModelLoadError
+from .errors import ModelLoadError, named
 from .model import YesNoCrossEncoder
 from .packing import Budget, build_pack, merge_duplicates, plan_packs
 from .prepacked import PrepackedLinear, prepacked
@@ -228,7 +228,8 @@ def _choose_device(device: str | None) -> torch.device:
         is_cpu_build = "cuda" in str(device) and not torch.version.cuda
         why = ": this torch is a build without CUDA" if is_cpu_build else ""
         raise ModelLoadError(
-            f"device {device!r} cannot be used here{why}. Pass one that can, or None to choose."
+            f"device {named(device)} cannot be used here{why}. Pass one that can, or None to "
+            "choose."
         ) from error
     return chosen
 

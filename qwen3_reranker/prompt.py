@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+
+from .errors import InputError
 
 _SYSTEM = (
     "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and "
@@ -19,6 +21,21 @@ _SYSTEM = (
 _WEB_SEARCH = "Given a web search query, retrieve relevant passages that answer the query"
 _ANSWER = "<|im_start|>assistant\n"
 _EMPTY_THINK = "<think>\n\n</think>\n\n"
+
+
+def plain(value: object) -> str | None:
+    """Return a string of exactly the type str, the same object where it is one; None of no string.
+
+    What a subclass redefines would act inside the prompt: `markupsafe.Markup` escapes the labels
+    that it is joined with. The type alone counts: a mock may claim any class.
+
+    Example:
+        >>> class Loud(str):
+        ...     def __add__(self, other): return self.upper()
+        >>> plain(Loud("tea")) + "!", plain(7)
+        ('tea!', None)
+    """
+    return str.__str__(value) if issubclass(type(value), str) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +57,9 @@ class PromptTemplate:
         yes: The positive answer, a single token.
         no: The negative answer, a single token.
         default_instruction: Used when a caller gives no instruction.
+
+    Raises:
+        InputError: If a piece is no string, or the control tokens are no tuple of strings.
     """
 
     id: str
@@ -52,6 +72,21 @@ class PromptTemplate:
     default_instruction: str
     yes: str = "yes"
     no: str = "no"
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            is_many = field.name == "control_tokens"
+            is_list = issubclass(type(value), (tuple, list))
+            texts = tuple(map(plain, value if is_list else (value,)))
+            if None in texts or is_many != is_list:
+                kind = "a tuple of strings" if is_many else "a string"
+                wrong = value[texts.index(None)] if is_list and None in texts else value
+                raise InputError(
+                    f"{field.name} of a template must be {kind}, got {type(wrong).__name__}. Pass "
+                    "the characters that the model was trained with."
+                )
+            object.__setattr__(self, field.name, texts if is_many else texts[0])
 
     @property
     def hash(self) -> str:

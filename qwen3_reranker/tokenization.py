@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -83,6 +84,17 @@ class TokenSpans(Sequence[tuple[int, int]]):
         return start, stop
 
 
+@contextmanager
+def panic_is_error() -> Iterator[None]:
+    """Make a panic of a library in Rust an Exception, which it is not by itself."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise RuntimeError("a library panicked") from error
+
+
 class PromptTokenizer:
     """Encodes prompts of one template with one tokenizer.
 
@@ -98,15 +110,22 @@ class PromptTokenizer:
 
     def __init__(self, tokenizer_json: str, template: PromptTemplate | None = None) -> None:
         try:
-            control = Tokenizer.from_str(tokenizer_json)
-        except Exception as error:  # the library raises bare Exception
+            with panic_is_error():
+                self._load(tokenizer_json, template)
+        except ModelLoadError:
+            raise
+        except Exception as error:  # the library raises bare Exception, some of it when it encodes
             raise ModelLoadError(
-                "tokenizer.json cannot be parsed. Copy the one of the base model again."
+                "tokenizer.json cannot be parsed or encodes nothing. Copy the one of the base "
+                "model again."
             ) from error
+
+    def _load(self, tokenizer_json: str, template: PromptTemplate | None) -> None:
+        control = Tokenizer.from_str(tokenizer_json)
+        self._plain, self._longest = _without_added_tokens(tokenizer_json)
         control.no_padding()
         control.no_truncation()
         added = {token.content: id for id, token in control.get_added_tokens_decoder().items()}
-        self._plain, self._longest = _without_added_tokens(tokenizer_json)
         self.template = template or self._detect_template(added)
         missing = self._missing_ids(self.template, added)
         if missing:

@@ -7,6 +7,7 @@ an environment of its own and is never imported.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,8 @@ def vllm_command(model: str, *, tensor_parallel_size: int = 1, port: int = 8000)
 
 
 def _locate(model: str) -> Path:
-    path = Path(model).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(model))
+    if os.path.isdir(path):
         return path.resolve()
     try:
         return Path(snapshot_download(model, allow_patterns=["config.json", "*.jinja"]))
@@ -107,7 +108,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         )
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelLoadError(
             f"'{folder}' has no config.json that can be read ({type(error).__name__}). Pass the "
             "folder of a checkpoint, or a Hub name."

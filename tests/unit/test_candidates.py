@@ -66,7 +66,7 @@ def test_read_rows_null_labels_are_no_labels(tmp_path: Path) -> None:
         (with_candidates({"text": "a", "label": 1}, {"text": "b"}), "candidates[1] must have"),
         (with_candidates({"text": "a"}, {"text": "b", "label": 0}), "candidates[1] must have"),
         (with_candidates({"text": "a", "label": 1.0}), "candidates[0] must have a whole 'label'"),
-        (with_candidates({"text": "a", "label": -1}), "of at least 0"),
+        (with_candidates({"text": "a", "label": -1}), "from 0 to 2147483647"),
         (with_candidates({"text": "a", "label": True}), "candidates[0] must have a whole 'label'"),
         (with_candidates({"text": "a", "label": "1"}), "candidates[0] must have a whole 'label'"),
         ({"query": "q", "positive": ["a"]}, "; this is a training row, for --train_file"),

@@ -138,7 +138,9 @@ def test_labels(tmp_path: Path, label: object, relevant_from: int, is_relevant: 
 
 
 def test_relevant_from_zero_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="relevant_from must be at least 1, got 0"):
+    with pytest.raises(
+        InputError, match="relevant_from must be at least 1 and at most 2147483647, got 0"
+    ):
         read_training_file(write(tmp_path, PAIR), relevant_from=0)
 
 
