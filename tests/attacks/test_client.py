@@ -7,11 +7,15 @@ import random
 import socket
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import brotli
 import pytest
+import uvloop
+import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -136,16 +140,9 @@ def test_first_question_that_is_dripped_holds_only_who_asks(
 
 
 def _packed(name: str) -> bytes:
-    import bz2
-    import gzip
-    import zlib
-
-    import brotli
-    import zstandard
-
     content = b"[" + b" " * 500 * MB
     pack: Any = {
-        "gzip": gzip.compress, "deflate": zlib.compress, "bzip2": bz2.compress,
+        "gzip": gzip.compress, "deflate": zlib.compress,
         "br": lambda text: brotli.compress(text, quality=1),
         "zstd": zstandard.compress,
     }[name]  # fmt: skip
@@ -306,8 +303,6 @@ def test_interrupts_at_random_moments_wedge_nothing(
 
 def test_timeouts_under_uvloop_are_ours(server: RawServer, tried: Callable[[int], None]) -> None:
     """Its timers come up to half a millisecond early."""
-    import uvloop
-
     chance = random.Random(0)
 
     def answer(connection: socket.socket, body: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
+import uvloop
 
 from qwen3_reranker import Qwen3RerankerError, Reranker, TimedOutError
 from qwen3_reranker.packing import Budget
@@ -132,8 +133,11 @@ class EarlyLoop(asyncio.SelectorEventLoop):
         return super().call_at(when - 0.0005, *arguments, **settings)
 
 
+@pytest.mark.parametrize("new_loop", [EarlyLoop, uvloop.new_event_loop], ids=["early", "uvloop"])
 def test_timers_that_come_early_raise_our_error(
-    monkeypatch: pytest.MonkeyPatch, tried: Callable[[int], None]
+    monkeypatch: pytest.MonkeyPatch,
+    tried: Callable[[int], None],
+    new_loop: Callable[[], asyncio.AbstractEventLoop],
 ) -> None:
     gate = threading.Event()
 
@@ -152,7 +156,7 @@ def test_timers_that_come_early_raise_our_error(
 
     with fakes.loaded(monkeypatch, fakes.FakeModel(Held())):
         reranker = Reranker("model")
-        with bounded(seconds=60, megabytes=100), asyncio.Runner(loop_factory=EarlyLoop) as runner:
+        with bounded(seconds=60, megabytes=100), asyncio.Runner(loop_factory=new_loop) as runner:
             runner.run(main(reranker))
         gate.set()
         assert len(reranker.score(QUERY, FRUIT)) == len(FRUIT)
