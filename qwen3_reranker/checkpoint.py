@@ -20,6 +20,7 @@ import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
+from . import gguf_header
 from .attention import NAME as PACKED_ATTENTION
 from .embedded import EMBEDDED, EMBEDDED_BASE, embedded_folder
 from .errors import ModelLoadError, named, shown
@@ -123,6 +124,12 @@ def read_config(folder: Path, gguf_file: str | None) -> Any:
                 "Move the adapter's files to a folder of their own and pass that as adapter=."
             )
         _refuse_decoder(raw.get("model_type"), folder)
+        _refuse_counts(raw, file)
+    elif fault := gguf_header.find_fault(folder / gguf_file):
+        raise ModelLoadError(
+            f"'{folder / gguf_file}' is damaged: {fault}. Fetch the file again, from a source you "
+            "trust."
+        )
     try:
         extra = {} if gguf_file is None else {"gguf_file": gguf_file}
         with _alone(folder, gguf_file) as source:
@@ -336,6 +343,17 @@ def _refuse_other_weights(source: Path, name: object, *suffixes: str) -> None:
             f"'{source}' names weights other than the safetensors files beside it, which are never "
             "read. Fetch the checkpoint again, from a source you trust."
         )
+
+
+def _refuse_counts(raw: dict[str, Any], file: Path) -> None:
+    """Refuse numbers of which transformers makes lists as long, before it does."""
+    for name in ("num_hidden_layers", "num_labels"):
+        value = raw.get(name)
+        if isinstance(value, (int, float)) and not value <= gguf_header.MOST_LAYERS:  # also NaN
+            raise ModelLoadError(
+                f"'{file}' has a {name} of {shown(value)}, more than {gguf_header.MOST_LAYERS}. "
+                "Fetch the checkpoint again, from a source you trust."
+            )
 
 
 def _refuse_decoder(model_type: object, folder: Path) -> None:

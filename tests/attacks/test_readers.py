@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -56,8 +57,8 @@ VALUES = [
     f'[[{{"role": "user", "content": "{CANARY}"}}]]',
     '{"positive": [1.0], "negative": [0.5]}', f'{{"positive": [1{"0" * 400}], "negative": []}}',
     f"1{'0' * 400}", f"-1{'0' * 400}", f"[1{'0' * 400}]", "9" * 5000, "1e999", f"{'1' * 400}.5",
-    "NaN", "-Infinity", "[" * 3000, '{"a":' * 3000, f"{'[' * 500}{']' * 500}", '"\\ud83d"',
-    '"\\u0000"', f'"{CANARY}', f"{CANARY}", "{", "}", ",",
+    "1000000000", "NaN", "-Infinity", "[" * 3000, '{"a":' * 3000, f"{'[' * 500}{']' * 500}",
+    '"\\ud83d"', '"\\u0000"', f'"{CANARY}', f"{CANARY}", "{", "}", ",",
 ]  # fmt: skip
 """Of a key, as JSON has them or as it cannot."""
 LINES = [
@@ -127,8 +128,15 @@ def attack(
             assert CANARY not in message or shows(message), message
         assert time.monotonic() - started < SECONDS
 
-    with bounded(seconds=600, megabytes=MEGABYTES, log_bytes=100_000):
-        check()
+    # What would take all the memory there is fails alone.
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 4 * 2**30, before[1]))
+    try:
+        with bounded(seconds=600, megabytes=MEGABYTES, log_bytes=100_000):
+            check()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
     assert outcomes["refused"]
     assert outcomes["accepted"] or not accepts
     print(outcomes)
@@ -227,7 +235,8 @@ def test_runs_and_judgments_of_trec(tmp_path: Path, tried: Callable[[int], None]
             path.write_bytes(content)
         for each in read_run(**{name: str(path) for name, path in paths.items()}):
             assert len(each.ids) == len(each.texts)
-            assert ndcg_at_10(each.labels or [], [0.5] * len(each.ids), each.missing_labels) >= 0
+            found = ndcg_at_10(each.labels or [], [0.5] * len(each.ids), each.missing_labels)
+            assert 0 <= found <= 1
 
     other = st.lists(st.sampled_from(LINES) | some_bytes, min_size=1, max_size=2).map(b"\n".join)
     drawn = st.tuples(
@@ -286,14 +295,14 @@ def test_settings_of_adapters(tmp_path: Path, tried: Callable[[int], None]) -> N
         "template": f'{{"id": "chatml", "hash": "{template.hash}"}}',
         "base": f'{{"name": "{CANARY}", "fingerprint": "x"}}',
     }
-    others_of_record = [
-        "[]", '{"id": []}', '{"id": "chatml", "hash": []}', '{"id": {}, "hash": "x"}',
+    parts = [
+        "[]", '{"id": []}', '{"id": "chatml", "hash": []}', '{"id": {}, "hash": "x"}', '"x"',
         f'{{"id": "{CANARY}", "hash": "{CANARY}"}}', '{"fingerprint": []}',
     ]  # fmt: skip
     records = st.one_of(
         objects(record),
-        st.builds('{{"template": {}}}'.format, st.sampled_from(others_of_record)),
-        st.builds('{{"base": {}}}'.format, st.sampled_from(others_of_record)),
+        st.builds('{{"template": {}}}'.format, st.sampled_from(parts)),
+        st.builds('{{"base": {}}}'.format, st.sampled_from(parts)),
     )
 
     def read(drawn: tuple[str, str | None]) -> None:
@@ -320,7 +329,7 @@ def test_configurations_of_checkpoints(tmp_path: Path, tried: Callable[[int], No
     others = (
         "num_labels", "hidden_size", "rope_scaling", "rope_theta", "is_causal", "auto_map", "dtype",
         "transformers_weights", "id2label", "attn_logit_softcapping", "quantization_config",
-        "attn_implementation", "sliding_window", "_name_or_path",
+        "num_hidden_layers", "attn_implementation", "sliding_window", "_name_or_path",
     )  # fmt: skip
     index = {"weight_map": '{"a": "model.safetensors"}'}
 
@@ -474,5 +483,5 @@ def test_control_every_piece_is_tried_by_itself(tmp_path: Path) -> None:
             read_candidate_rows(str(file))
         except Qwen3RerankerError as error:
             messages.append(str(error))
-    assert not any(CANARY in message for message in messages)
+    assert not [message for message in messages if CANARY in message]
     assert len(messages) > len(VALUES)
