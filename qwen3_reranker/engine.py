@@ -26,6 +26,7 @@ from .owners import refuse_fork, start
 from .packing import Budget, Room
 from .request import Name, Progress, Request, ScoresFuture, place_of
 from .score_cache import ScoreCache
+from .steps import Done, Steps
 from .tokenization import EncodedGroup
 from .turns import Turns
 
@@ -66,10 +67,10 @@ class Engine:
         rescore: Like `score` in higher precision, for documents whose score is not finite; all of
             their heads is in the row.
         max_cached_scores: Scores kept for prompts that come again; 0 keeps none.
-        max_waiting: Requests that may wait; one more is refused.
+        max_waiting: Calls that may wait, to be encoded or scored; one more is refused.
 
     Attributes:
-        turns: Where calls are encoded before; ends with the engine.
+        turns: Does the encoding; ends with the engine.
         thread: The owner.
     """
 
@@ -119,10 +120,7 @@ class Engine:
             ReentryError: If the caller is this engine's own thread, which would wait for itself.
         """
         self.refuse_reentry()
-        if self._waiting.qsize() + len(self._active) > self._max_waiting:
-            raise OverloadedError(
-                f"{self._max_waiting} calls wait already. Try again later, or send fewer at a time."
-            )
+        self._refuse_more_than(self._waiting.qsize() + len(self._active))
         request = Request(groups, progress, LockFreeFuture(on_done), name=name)
         future = request.future  # the request lets go of it at its end
         if not self._is_closed:
@@ -132,6 +130,31 @@ class Engine:
         if self._is_closed and future.set_exception(closed):
             raise closed
         return future
+
+    def encode(
+        self, steps: Steps[Done], on_done: Callable[[], object] | None = None
+    ) -> LockFreeFuture[Done]:
+        """Queue the work by which a call gets its groups.
+
+        Args:
+            steps: The work.
+            on_done: As in `submit`.
+
+        Raises:
+            OverloadedError: As `submit`; here before anything is done for the call.
+            ClosedError: As `submit`.
+            ReentryError: As `submit`.
+        """
+        self.refuse_reentry()
+        waiting = self.turns.num_waiting + self._waiting.qsize() + len(self._active)
+        self._refuse_more_than(waiting)
+        return self.turns.submit(steps, on_done)
+
+    def _refuse_more_than(self, num_waiting: int) -> None:
+        if num_waiting > self._max_waiting:
+            raise OverloadedError(
+                f"{self._max_waiting} calls wait already. Try again later, or send fewer at a time."
+            )
 
     def refuse_reentry(self) -> None:
         """Refuse a caller who would wait for ever.

@@ -1,4 +1,4 @@
-"""What stands before the server's routes: the key, the queue's limit, the body's limit, the log.
+"""What stands before the server's routes: the log, the key, the queue's limit, the body's limit.
 
 Decides who is let in and what is written about a request: method, known path, status, time. Knows
 nothing of what a request asks.
@@ -30,36 +30,31 @@ CLIENT_GONE = 499
 _SINGLE = (b"authorization", b"content-length", b"content-type", b"host", b"transfer-encoding")
 
 
-class Guard:
-    """Lets requests through to an application.
+_MOST_ALIKE = 60
+_MINUTE_S = 60.0
+
+
+class RequestLog:
+    """Writes down and counts the answers of an application, whoever in it gives them.
+
+    Of many that are alike in a minute the first 60 get a line and the others a number, so that no
+    client can fill the disk.
 
     Args:
         app: The application.
-        api_key: What `Authorization: Bearer` must carry on every path but health; None is open.
-        limits: Sizes past which a request is refused.
         known_paths: Paths that may be written down; any other could be text of a user.
         metrics: Told of every request.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        *,
-        api_key: str | None,
-        limits: ServerLimits,
-        known_paths: Container[str],
-        metrics: Metrics,
-    ) -> None:
+    def __init__(self, app: ASGIApp, *, known_paths: Container[str], metrics: Metrics) -> None:
         self._app = app
-        self._expected = None if api_key is None else f"bearer {api_key}".encode()
-        self._limits = limits
         self._known_paths = known_paths
         self._metrics = metrics
-        self._waiting = 0
-        self._arriving: dict[asyncio.Timeout, int] = {}  # bytes by the end of a body's time
+        self._since = monotonic()
+        self._counts: Counter[tuple[str, str, int]] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, or have it answered."""
+        """Have a request answered."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -72,15 +67,56 @@ class Guard:
             await send(message)
 
         try:
-            await self._answer(scope, receive, sending)
+            await self._app(scope, receive, sending)
         finally:
             seconds = monotonic() - started
             path = scope["path"] if scope["path"] in self._known_paths else "other"
             method = scope["method"] if scope["method"] in ("GET", "POST") else "other"
-            logger.info("%s %s %d %.0f ms", method, path, status, 1000 * seconds)
+            self._write(method, path, status, seconds)
             self._metrics.record_request(path, status, seconds)
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def _write(self, method: str, path: str, status: int, seconds: float) -> None:
+        if monotonic() - self._since >= _MINUTE_S:
+            for alike, count in self._counts.items():
+                if count > _MOST_ALIKE:
+                    logger.info("%s %s %d: %d more in a minute", *alike, count - _MOST_ALIKE)
+            self._counts.clear()
+            self._since = monotonic()
+        self._counts[method, path, status] += 1
+        if self._counts[method, path, status] <= _MOST_ALIKE:
+            logger.info("%s %s %d %.0f ms", method, path, status, 1000 * seconds)
+
+
+class Guard:
+    """Lets requests through to an application.
+
+    Args:
+        app: The application.
+        api_key: What `Authorization: Bearer` must carry on every path but health; None is open.
+        limits: Sizes past which a request is refused.
+        metrics: Told how many requests wait.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        api_key: str | None,
+        limits: ServerLimits,
+        metrics: Metrics,
+    ) -> None:
+        self._app = app
+        self._expected = None if api_key is None else f"bearer {api_key}".encode()
+        self._limits = limits
+        self._metrics = metrics
+        self._waiting = 0
+        self._arriving: dict[asyncio.Timeout, int] = {}  # bytes by the end of a body's time
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or have it answered."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
         refusal = self._refusal(scope)
         if refusal is not None:
             await refusal(scope, receive, send)

@@ -260,9 +260,8 @@ class Reranker(BaseReranker):
         if not job.num_documents:
             return Scored.empty(job)
         loaded, engine = self._load()
-        engine.refuse_reentry()
         steps = encode_steps(job, loaded.tokenizer, self._fitting_limits(loaded))
-        encoded = wait_until(job, partial(engine.turns.submit, steps))
+        encoded = wait_until(job, partial(engine.encode, steps))
         return self._count(job, encoded, wait(engine, encoded, job))
 
     async def _ascore(self, job: Job) -> Scored:
@@ -271,9 +270,8 @@ class Reranker(BaseReranker):
         # To load a model takes a while, and so do the texts of a large call: not on the loop.
         is_loaded = self._open_runtime().is_loaded
         loaded, engine = self._load() if is_loaded else await asyncio.to_thread(self._load)
-        engine.refuse_reentry()
         steps = encode_steps(job, loaded.tokenizer, self._fitting_limits(loaded))
-        encoded = await await_until(job, partial(engine.turns.submit, steps))
+        encoded = await await_until(job, partial(engine.encode, steps))
         scores = await await_scores(engine, encoded, job)
         return await off_loop(job.num_documents, self._count, job, encoded, scores)
 

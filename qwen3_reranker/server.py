@@ -22,9 +22,10 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from . import __version__, inputs
 from .errors import InputError, Qwen3RerankerError
-from .guard import CLIENT_GONE, OPEN_PATH, RETRY_AFTER_S, Guard
+from .guard import CLIENT_GONE, OPEN_PATH, RETRY_AFTER_S, Guard, RequestLog
 from .hosts import AllowedHosts, is_loopback
 from .listening import check_address, server_config
+from .memory import keep_little
 from .metrics import Metrics
 from .protocol import (
     ErrorAnswer,
@@ -140,11 +141,11 @@ def create_app(
             allows any.
     """
     app = FastAPI(title="qwen3-reranker", version=__version__, docs_url=None, redoc_url=None)
-    app.add_middleware(
-        Guard, api_key=api_key, limits=limits, known_paths=_PATHS, metrics=service.metrics
-    )
+    app.add_middleware(Guard, api_key=api_key, limits=limits, metrics=service.metrics)
     if allowed_hosts is not None:
         app.add_middleware(AllowedHosts, names=allowed_hosts, refuse=_refuse_host)
+    # The last is the outermost: it sees what the others refuse.
+    app.add_middleware(RequestLog, known_paths=_PATHS, metrics=service.metrics)
     app.add_exception_handler(StarletteHTTPException, _on_http_error)
     app.add_exception_handler(RefusedError, _on_refused)
 
@@ -308,6 +309,7 @@ def serve(
             f"{inputs.API_KEY_VARIABLE}, pass --api-key-file, or use --host 127.0.0.1."
         )
     check_address(host, port)
+    keep_little()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     for each in ("qwen3_reranker", "uvicorn"):
         logging.getLogger(each).setLevel(logging.INFO)

@@ -48,6 +48,11 @@ class Turns:
         self.thread = threading.Thread(target=self._run, name="qwen3-reranker-encode", daemon=True)
         start(self)
 
+    @property
+    def num_waiting(self) -> int:
+        """How many have come and have no result yet."""
+        return self._coming.qsize() + len(self._active)
+
     def submit(
         self, steps: Steps[Done], on_done: Callable[[], object] | None = None
     ) -> LockFreeFuture[Done]:

@@ -27,6 +27,7 @@ from .documents import read_documents, split_documents
 from .errors import DataError, InputError, Qwen3RerankerError
 from .hosts import AllowedHosts
 from .listening import server_config
+from .memory import keep_little
 from .page_guard import Click, PageGuard, Uploads, is_upload, refuse
 from .reranker import Reranker
 from .verbs import BaseReranker
@@ -193,6 +194,7 @@ def serve(
         port: Port to listen at; 0 takes a free one, which the log names.
         allowed_hosts: As in `create_app`.
     """
+    keep_little()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("uvicorn").setLevel(logging.INFO)
     # What ends a process ends it as Ctrl-C does, so that the folder of uploads is removed.

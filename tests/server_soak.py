@@ -1,18 +1,18 @@
 """Mixed clients at one server, some of which misbehave, for as long as asked.
 
-    python -m tests.server_soak --seconds 60
+    python -m tests.server_soak --minutes 5
 
-Every ranking is compared with the one the core gave alone, before. Others send bodies past the
-limit, broken bodies and wrong keys, or close their connections while they wait. Prints what was
-answered, wrong results, and how much the server's memory grew after a warm-up; returns 1 if any of
-it is not as promised.
+Every ranking is compared with the one the core gave alone, before. Others send the requests of
+`tests.attacks.clients`, bodies past the limit, keep the server waiting, or close their connections
+while they wait. Prints what was answered, wrong results, the size of the log, and the server's
+memory at equal intervals after a warm-up of the same traffic; returns 1 if any of it is not as
+promised.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import random
 import sys
 import tempfile
@@ -29,13 +29,18 @@ import httpx
 from benchmarks.workload import resident_bytes
 from qwen3_reranker import RemoteReranker, Reranker
 from tests import real_parts, texts
+from tests.attacks import clients
 from tests.servers import serving
 
 KEY = "soak-key"
 TOLERANCE = 1e-5
 MOST_GROWTH_MB = 20
+MOST_LOG_MB = 1
 THREADS = 12
-_WARM_UP = 0.4
+HELD = 20
+"""Connections of each kind that keep the server waiting."""
+_WARM_UP_S = 120.0
+_INTERVAL_S = 30.0
 _POOL = [document for _, document in texts.ordinary_pairs(60)]
 _OVERSIZED = b'{"query": "q", "documents": ["' + b"x" * (8 * 1024 * 1024) + b'"]}'
 
@@ -55,6 +60,8 @@ class Load:
     def __init__(self, url: str, core: Reranker) -> None:
         chance = random.Random(0)
         self.calls = [self._alone(core, chance) for _ in range(60)]
+        self.url = url
+        self.hostile = clients.hostile_requests(KEY)
         self.remote = RemoteReranker(url, api_key=KEY)
         headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
         self.http = httpx.Client(base_url=url, headers=headers, timeout=60)
@@ -120,15 +127,30 @@ class Load:
             status = 413
         self.count("oversized" if status == 413 else "wrong")
 
-    def spoil(self, call: Call) -> None:
-        """Send what is no request, and a wrong key."""
-        for content, headers, expected in (
-            (b"{", {}, 422),
-            (json.dumps({"query": call.query}).encode(), {}, 400),
-            (b"{}", {"Authorization": "Bearer wrong"}, 401),
-        ):
-            status = self.http.post("/v1/rerank", content=content, headers=headers).status_code
-            self.count("refused" if status == expected else "wrong")
+    def attack(self, call: Call) -> None:
+        """Send one of the requests that are made to harm."""
+        name = random.choice(list(self.hostile))
+        is_right = clients.send(self.url, name, *self.hostile[name])
+        self.count("attacks" if is_right else "wrong")
+        if not is_right:
+            self.errors.append(f"{name} was not answered as it is to be")
+
+    def hold(self) -> None:
+        """Keep connections waiting until the time is over."""
+        while not self.is_over():
+            try:
+                ended = clients.hold(self.url, KEY, count=HELD, is_over=self.is_over)
+            except OSError as error:
+                self.errors.append(f"hold: {error!r}")
+                continue
+            for kind, is_right in ended.items():
+                self.count("held" if is_right else "wrong")
+                if not is_right:
+                    self.errors.append(f"{kind} was not ended")
+
+    def is_over(self) -> bool:
+        """Say whether the time is over."""
+        return time.monotonic() >= self.stop_at
 
     def run_thread(self, seed: int) -> None:
         """Do one after the other until the time is over."""
@@ -136,9 +158,9 @@ class Load:
         good: list[Callable[[Call], None]] = [
             self.through_remote, self.through_async_remote, self.through_cohere, self.through_tei,
         ]  # fmt: skip
-        bad: list[Callable[[Call], None]] = [self.kill, self.oversize, self.spoil]
-        while time.monotonic() < self.stop_at:
-            way = chance.choice(bad if chance.random() < 0.1 else good)
+        bad: list[Callable[[Call], None]] = [self.kill, self.oversize, self.attack, self.attack]
+        while not self.is_over():
+            way = chance.choice(bad if chance.random() < 0.3 else good)
             try:
                 way(chance.choice(self.calls))
             except Exception as error:
@@ -148,6 +170,7 @@ class Load:
         """Run all threads for so long."""
         self.stop_at = time.monotonic() + seconds
         threads = [threading.Thread(target=self.run_thread, args=(i,)) for i in range(THREADS)]
+        threads.append(threading.Thread(target=self.hold))
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -157,7 +180,7 @@ class Load:
 def main(argv: list[str] | None = None) -> int:
     """Run, print, and say whether all was as promised."""
     parser = argparse.ArgumentParser(prog="python -m tests.server_soak", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--minutes", type=float, default=1.0, help="after the warm-up")
     args = parser.parse_args(argv)
     settings: dict[str, Any] = {"dtype": "float32", "device": "cpu"}
     with tempfile.TemporaryDirectory() as folder:
@@ -167,22 +190,29 @@ def main(argv: list[str] | None = None) -> int:
             serving(folder, "--dtype", "float32", "--device", "cpu", api_key=KEY) as server,
         ):
             load = Load(server.url, core)
-            load.run(args.seconds * _WARM_UP)
-            memory = resident_bytes("VmRSS", server.process.pid)
-            load.run(args.seconds * (1 - _WARM_UP))
-            growth = (resident_bytes("VmRSS", server.process.pid) - memory) / 2**20
+            load.run(_WARM_UP_S)
+            sizes = [resident_bytes("VmRSS", server.process.pid) / 2**20]
+            running = threading.Thread(target=load.run, args=(60 * args.minutes,))
+            running.start()
+            while running.is_alive():
+                running.join(_INTERVAL_S)
+                sizes.append(resident_bytes("VmRSS", server.process.pid) / 2**20)
             load.remote.close()
             load.http.close()
-            has_traceback = "Traceback" in server.log()
+            log = server.log()
+    growth, log_mb = sizes[-1] - sizes[0], len(log) / 1e6
     counts = ", ".join(f"{name} {count}" for name, count in sorted(load.counts.items()))
     print(
-        f"{args.seconds:g} s, {THREADS} threads: {counts}; {load.counts['wrong']} wrong, "
-        f"{len(load.errors)} errors; the server's memory {growth:+.1f} MB after the warm-up"
+        f"{args.minutes:g} min after {_WARM_UP_S:g} s, {THREADS} threads: {counts}; "
+        f"{load.counts['wrong']} wrong, {len(load.errors)} errors, log {log_mb:.2f} MB; the "
+        f"server's memory {growth:+.1f} MB after the warm-up, every {_INTERVAL_S:g} s "
+        f"{' '.join(f'{size:.0f}' for size in sizes)}"
     )
     for error in load.errors[:3]:
         print(error, file=sys.stderr)
-    is_good = not load.counts["wrong"] and not load.errors and growth < MOST_GROWTH_MB
-    return 0 if is_good and load.counts["killed"] and not has_traceback else 1
+    is_good = not load.counts["wrong"] and not load.errors and "Traceback" not in log
+    is_small = growth < MOST_GROWTH_MB and log_mb < MOST_LOG_MB
+    return 0 if is_good and is_small and load.counts["killed"] else 1
 
 
 if __name__ == "__main__":

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import re
 import resource
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
 from tests.attacks.limits import bounded
+from tests.attacks.wire import BODY, COSTLY_BODIES, HALF_OPEN, connect, post, status
 from tests.servers import Server, serving
 
 pytestmark = pytest.mark.attack
 
-BODY = json.dumps({"query": "q", "documents": ["a", "b"]}).encode()
 NUM_FILES = 128
 
 
@@ -37,29 +34,6 @@ def served(checkpoint: Callable[..., Path]) -> Iterator[Server]:
     command = (sys.executable, "-c", limited)
     with serving(checkpoint(), "--dtype", "float32", command=command) as server:
         yield server
-
-
-def connect(server: Server) -> socket.socket:
-    parts = urlsplit(server.url)
-    return socket.create_connection((parts.hostname, parts.port), timeout=40)
-
-
-def post(body: bytes = b"", *headers: str, length: int | None = None) -> bytes:
-    named = ["Host: localhost", "Content-Type: application/json", *headers]
-    named.append(f"Content-Length: {len(body) if length is None else length}")
-    return ("POST /v1/rerank HTTP/1.1\r\n" + "\r\n".join(named) + "\r\n\r\n").encode() + body
-
-
-def status(server: Server, request: bytes, *, half_close: bool = False) -> int:
-    with connect(server) as client:
-        client.sendall(request)
-        if half_close:
-            client.shutdown(socket.SHUT_WR)
-        answer = client.makefile("rb")
-        while (line := answer.readline()).startswith(b"HTTP/1.1 1"):  # on the way to the answer
-            while answer.readline().strip():
-                pass
-    return int(line.split()[1])
 
 
 class Health:
@@ -92,35 +66,13 @@ class Health:
             self.count += 1
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        b'{"query":"q","documents":[' + b"0," * 4_000_000 + b"0]}",
-        b'{"query":"q","documents":[' + b"{}," * 2_500_000 + b"0]}",
-        b'{"query":"q","documents":[' + b'"",' * 2_500_000 + b'""]}',
-        b'{"query":"q","texts":[' + b"[]," * 2_500_000 + b"0]}",
-        b"[" * 8_000_000,
-        b'{"a":' * 1_500_000,
-        b'{"query":"q","documents":["a"],"top_n":' + b"9" * 4_000_000 + b"}",
-        b"{" + b",".join(b'"%d":0' % i for i in range(700_000)) + b"}",
-    ],
-    ids=[
-        "zeros",
-        "objects",
-        "empty texts",
-        "lists",
-        "open lists",
-        "open objects",
-        "digits",
-        "keys",
-    ],
-)
-def test_body_within_the_limit_freezes_nothing(served: Server, body: bytes) -> None:
+@pytest.mark.parametrize("name", list(COSTLY_BODIES))
+def test_body_within_the_limit_freezes_nothing(served: Server, name: str) -> None:
     with (
         Health(served) as health,
         bounded(seconds=10, megabytes=300, pid=served.process.pid),
     ):
-        assert 400 <= status(served, post(body)) < 500
+        assert 400 <= status(served.url, post(COSTLY_BODIES[name])) < 500
     assert health.failed == 0
     assert health.longest < 2
 
@@ -131,11 +83,11 @@ def test_half_open_connections_leave_room_for_others(
     before = len(served.log())
     with ExitStack() as stack, bounded(seconds=60, megabytes=60, pid=served.process.pid):
         for _ in range(2 * NUM_FILES):
-            client = stack.enter_context(connect(served))
-            client.sendall(b"POST /v1/rerank HTTP/1.1\r\nHost: localhost\r\n")
+            client = stack.enter_context(connect(served.url))
+            client.sendall(HALF_OPEN)
         with Health(served) as health:
             time.sleep(3)
-        assert status(served, post(BODY)) == 200
+        assert status(served.url, post(BODY)) == 200
     assert health.count > 10
     assert health.failed == 0
     assert len(served.log()) - before < 20_000
@@ -145,17 +97,17 @@ def test_half_open_connections_leave_room_for_others(
 def test_unfinished_bodies_take_no_place(served: Server, tried: Callable[[int], None]) -> None:
     with ExitStack() as stack, bounded(seconds=60, megabytes=60, pid=served.process.pid):
         for _ in range(2 * NUM_FILES):
-            client = stack.enter_context(connect(served))
+            client = stack.enter_context(connect(served.url))
             client.sendall(post(BODY[:5], length=1000))
         with Health(served) as health:
-            answers = [status(served, post(BODY)) for _ in range(20)]
+            answers = [status(served.url, post(BODY)) for _ in range(20)]
     assert answers == [200] * 20
     assert health.failed == 0
     tried(2 * NUM_FILES)
 
 
 def test_unfinished_requests_are_ended(served: Server) -> None:
-    with connect(served) as headers, connect(served) as body:
+    with connect(served.url) as headers, connect(served.url) as body:
         headers.sendall(b"POST /v1/rerank HTTP/1.1\r\n")
         body.sendall(post(BODY[:5], length=1000))
         started = time.monotonic()
@@ -181,8 +133,8 @@ def test_unfinished_requests_are_ended(served: Server) -> None:
     ids=["plain", "foreign host", "no type", "text", "two keys", "two hosts"],
 )
 def test_headers_of_others_are_refused(served: Server, request_: bytes, expected: int) -> None:
-    assert status(served, request_) == expected
+    assert status(served.url, request_) == expected
 
 
 def test_half_closed_client_gets_its_answer(served: Server) -> None:
-    assert status(served, post(BODY), half_close=True) == 200
+    assert status(served.url, post(BODY), half_close=True) == 200

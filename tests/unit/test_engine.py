@@ -21,6 +21,7 @@ from qwen3_reranker.engine import Engine, PackRecord
 from qwen3_reranker.packing import Budget, Pack
 from qwen3_reranker.request import ScoresFuture
 from qwen3_reranker.runtime import Runtime
+from qwen3_reranker.steps import Steps
 from tests.engines import TIMEOUT_S, Gate, group, last_id, last_ids, log_odds
 
 
@@ -169,6 +170,35 @@ def test_full_queue_is_refused_at_once(gate: Gate, gated: tuple[Engine, ScoresFu
     gate.open.set()
     assert [log_odds(future) for future in (first, *waiting)] == [[[100]], [[1]], [[2]], [[3]]]
     assert log_odds(engine.submit([group(5)])) == [[5]]
+
+
+def test_full_queue_is_refused_before_anything_is_encoded(
+    gate: Gate, gated: tuple[Engine, ScoresFuture]
+) -> None:
+    engine, _ = gated
+    begun, go = threading.Event(), threading.Event()
+
+    def work() -> Steps[str]:
+        begun.set()
+        assert go.wait(TIMEOUT_S)
+        yield 1
+        return "encoded"
+
+    def never() -> Steps[None]:
+        pytest.fail("a refused call was encoded")
+        yield 1
+
+    encoding = [engine.encode(work()) for _ in range(3)]
+    assert begun.wait(TIMEOUT_S)
+    with pytest.raises(OverloadedError, match="3 calls wait already"):
+        engine.encode(never())
+    go.set()
+    assert [future.result(TIMEOUT_S) for future in encoding] == ["encoded"] * 3
+    scoring = [engine.submit([group(i)]) for i in (1, 2, 3)]
+    with pytest.raises(OverloadedError, match="3 calls wait already"):
+        engine.encode(never())
+    gate.open.set()
+    assert [log_odds(future) for future in scoring] == [[[1]], [[2]], [[3]]]
 
 
 def test_cancelled_waiting_request_is_never_scored(

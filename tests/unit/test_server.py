@@ -6,7 +6,7 @@ import logging
 import socket
 import sys
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from qwen3_reranker import (
     OverloadedError,
     Reranker,
     TimedOutError,
+    guard,
 )
 from qwen3_reranker.cli import main
 from qwen3_reranker.hosts import is_loopback
@@ -51,12 +52,16 @@ GUARDED = [
 
 
 def client_of(
-    *, api_key: str | None = None, limits: ServerLimits | None = None, **settings: Any
+    *,
+    api_key: str | None = None,
+    limits: ServerLimits | None = None,
+    allowed_hosts: Sequence[str] | None = None,
+    **settings: Any,
 ) -> httpx.AsyncClient:
     """Return a client that talks to a new application in this process."""
     limits = limits or ServerLimits()
     service = Service(Reranker("served", **settings), "served", limits)
-    app = create_app(service, api_key=api_key, limits=limits)
+    app = create_app(service, api_key=api_key, limits=limits, allowed_hosts=allowed_hosts)
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server")
 
 
@@ -556,6 +561,39 @@ async def test_log_holds_no_text_and_no_key(
     for record in ours:
         assert "CANARY" not in record.getMessage()
         assert KEY not in record.getMessage()
+
+
+async def test_foreign_host_is_written_down_and_counted(
+    model: fakes.FakeModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="qwen3_reranker")
+    async with client_of(allowed_hosts=["server"]) as client:
+        reply = await client.get("/v1/models", headers={"Host": "CANARY.example"})
+        assert reply.status_code == 421
+        figures = (await client.get("/metrics")).text
+    assert "GET /v1/models 421" in caplog.text
+    assert "CANARY" not in caplog.text + figures
+    assert 'qwen3_reranker_requests_total{path="/v1/models",status="421"} 1.0' in figures
+
+
+async def test_many_alike_get_a_number_in_place_of_lines(
+    model: fakes.FakeModel, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO, logger="qwen3_reranker")
+    now = 0.0
+    monkeypatch.setattr(guard, "monotonic", lambda: now)
+    async with client_of(api_key=KEY) as client:
+        for _ in range(100):
+            await client.get("/v1/models")
+        await client.get("/health")
+        assert len(caplog.records) == 61
+        now = 60.0
+        await client.get("/v1/models")
+    lines = [record.getMessage() for record in caplog.records[60:]]
+    assert lines == [
+        "GET /health 200 0 ms", "GET /v1/models 401: 40 more in a minute",
+        "GET /v1/models 401 0 ms",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
