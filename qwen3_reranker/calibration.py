@@ -6,8 +6,8 @@ changes an order. Knows nothing of how it is fitted; `qwen3-finetune calibrate` 
 
 from __future__ import annotations
 
+import math
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -48,17 +48,15 @@ class Calibration:
     def __post_init__(self) -> None:
         for name in ("temperature", "bias"):
             value = getattr(self, name)
-            if (
-                not inputs.is_number(value)
-                or not abs(value) <= sys.float_info.max
-                or (name == "temperature" and value <= 0)
-            ):
+            number = inputs.number(value)
+            lowest = 0 if name == "temperature" else -math.inf
+            if number is None or not lowest < number < math.inf:  # also NaN
                 bound = " above 0" if name == "temperature" else ""
                 raise InputError(
                     f"{name} of a calibration must be a finite number{bound}, got {shown(value)}. "
                     "Fit it with qwen3-finetune calibrate."
                 )
-            object.__setattr__(self, name, float(value))
+            object.__setattr__(self, name, number)
         for name in ("fingerprint", "template_hash"):
             text = inputs.name_or_none(f"{name} of a calibration", getattr(self, name))
             object.__setattr__(self, name, text)
@@ -133,7 +131,7 @@ def calibration_of(value: Any) -> Calibration | None:
         found: Calibration | None = value
         return found
     if issubclass(kind, (str, os.PathLike)):
-        return Calibration.read(inputs.path("calibration", value))
+        return Calibration.read(os.fsdecode(value))
     raise InputError(
         f"calibration must be a file, a Calibration or None, got {type(value).__name__}. Pass the "
         f"{FILE_NAME} that qwen3-finetune calibrate wrote."

@@ -6,6 +6,7 @@ never quoted, only their types and positions.
 
 from __future__ import annotations
 
+import math
 import operator
 import os
 import sys
@@ -164,9 +165,8 @@ def cut(top_n: Any, score_threshold: Any) -> None:
             f"top_n must be an integer of at least 1 or None, got {shown(top_n)}. Use None to keep "
             "every document."
         )
-    if score_threshold is not None and not (
-        is_number(score_threshold) and 0 <= score_threshold <= 1  # false for NaN
-    ):
+    share = number(score_threshold)
+    if score_threshold is not None and (share is None or not 0 <= share <= 1):  # also NaN
         raise InputError(
             f"score_threshold must be between 0 and 1 or None, got {shown(score_threshold)}. "
             "Scores are probabilities; use None to keep every document."
@@ -266,13 +266,14 @@ def timeout(value: Any) -> float | None:
     """
     if value is None:
         return None
-    if not is_number(value) or not value > 0:  # also NaN
+    seconds = number(value)
+    if seconds is None or not seconds > 0:  # also NaN
         raise InputError(
             f"timeout_s must be a number of seconds above 0 or None, got {shown(value)}. Use None "
             "to wait as long as it takes."
         )
-    # What no clock can count is as long as it takes; compared first, as 10**400 is no float.
-    return None if value > _LONGEST_TIMEOUT_S else float(value)
+    # What no clock can count is as long as it takes.
+    return None if seconds > _LONGEST_TIMEOUT_S else seconds
 
 
 def window_score(value: Any) -> Any:
@@ -368,9 +369,19 @@ def sequence(value: Any, name: str, content: str) -> list[Any]:
     raise InputError(f"{name} must be a list of {content}, got {type(value).__name__}. {remedy}")
 
 
-def is_number(value: Any) -> bool:
-    """Return whether a value is a number of Python or NumPy, and no truth value."""
-    return _is(value, int, float, np.floating, np.integer) and not _is(value, bool)
+def number(value: Any) -> float | None:
+    """Return a number of Python or NumPy as a float, infinite if it is too large; None of others.
+
+    Example:
+        >>> number(np.float32(0.5)), number(-(10**400)), number(True)
+        (0.5, -inf, None)
+    """
+    if _is(value, bool) or not _is(value, int, float, np.floating, np.integer):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def _is(value: object, *kinds: type) -> bool:

@@ -136,7 +136,7 @@ def as_calibration(value: Any) -> Any:
     Read once, where the component is made: no later call waits for a disk, and dumps and pickles
     carry the two numbers, not a path of this machine.
     """
-    return Calibration.read(value) if isinstance(value, (str, os.PathLike)) else value
+    return Calibration.read(value) if issubclass(type(value), (str, os.PathLike)) else value
 
 
 def as_name(value: Any) -> Any:

@@ -16,9 +16,17 @@ import torch
 import transformers
 
 from qwen3_reranker import ModelLoadError, Reranker
-from qwen3_reranker.adapters import _PLAIN_PATTERN, _refuse_adapter
+from qwen3_reranker.adapters import (
+    _PLAIN_PATTERN,
+    _refuse_adapter,
+    recorded_base,
+    recorded_template,
+    refuse_other_base,
+)
+from qwen3_reranker.checkpoint import open_checkpoint
 from qwen3_reranker.embedded import find_gguf
 from qwen3_reranker.loading import load_model
+from tests.attacks.limits import bounded
 
 pytestmark = pytest.mark.attack
 
@@ -47,6 +55,10 @@ def adapter(folder: Path, **settings: Any) -> Path:
         {"target_modules": "(a+)+$"}, {"target_modules": "(q|q_proj)*x"},
         {"exclude_modules": "([a-z]+)*$"}, {"rank_pattern": {"(x+x+)+y": 8}},
         {"alpha_pattern": {"(.*a){30}": 8}}, {"layers_pattern": "(a*)*b"},
+        {"target_modules": 7}, {"target_modules": [["q_proj"]]}, {"target_modules": [{}]},
+        {"rank_pattern": 5}, {"rank_pattern": ["(x+x+)+y"]}, {"alpha_pattern": "(a+)+$"},
+        {"layers_pattern": 3}, {"modules_to_save": "lm_head"}, {"exclude_modules": {"(a+)+$": 1}},
+        {"peft_type": ["LORA"]}, {"task_type": 10**400}, {"task_type": {}},
     ],
 )  # fmt: skip
 def test_adapter_that_asks_for_more_than_its_weights_is_refused(
@@ -154,3 +166,69 @@ def test_files_beside_a_gguf_file_lead_nowhere(tmp_path: Path) -> None:
         (tmp_path / name).write_text(json.dumps(missing | {"auto_map": {"AutoConfig": "x.y"}}))
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../a"}}')
     assert Reranker(str(file)).score("capital of France", documents) == alone
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"template": {"id": [], "hash": "x"}}, {"template": {"id": "chatml", "hash": 7}},
+        {"template": {"id": {}, "hash": {}}}, {"template": "chatml"}, {"template": []}, {},
+    ],
+)  # fmt: skip
+def test_record_of_a_template_that_is_none_is_refused(
+    tmp_path: Path, record: dict[str, Any]
+) -> None:
+    (tmp_path / "qwen3_reranker.json").write_text(json.dumps(record))
+    with pytest.raises(ModelLoadError, match="has no template id and hash"):
+        recorded_template(None, tmp_path)
+
+
+@pytest.mark.parametrize("base", [[], ["x"], "base", 7])
+def test_record_of_a_base_that_is_none_is_refused(tmp_path: Path, base: Any) -> None:
+    (tmp_path / "qwen3_reranker.json").write_text(json.dumps({"base": base}))
+    for read in (recorded_base, lambda folder: refuse_other_base("x", folder)):
+        with pytest.raises(ModelLoadError, match="must describe the base in an object"):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["num_hidden_layers", "num_labels"])
+def test_configuration_of_endless_lists_is_refused_before_they_are_made(
+    tmp_path: Path, name: str
+) -> None:
+    config = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], name: 10**9}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    message = f"a {name} of 1000000000, more than 1000"
+    with bounded(seconds=2, megabytes=50), pytest.raises(ModelLoadError, match=message):
+        open_checkpoint(str(tmp_path), None)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"architectures": [["Qwen3ForCausalLM"]]}, {"architectures": "Qwen3ForCausalLM"},
+        {"architectures": [7]}, {"architectures": {"a": 1}}, {"layer_types": [["a"]]},
+        {"layer_types": [1, "b"]}, {"rope_parameters": {"rope_type": ["default"]}},
+        {"model_type": ["qwen3"]}, {"model_type": {}}, {"num_labels": "1"},
+    ],
+)  # fmt: skip
+def test_configuration_of_other_types_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    usual = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(usual | changes))
+    with pytest.raises(ModelLoadError):
+        open_checkpoint(str(tmp_path), None)
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b" " * 70_000_000, b"\xff", b"[]"])
+def test_settings_that_are_no_object_are_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "adapter_config.json").write_bytes(content)
+    with bounded(seconds=5, megabytes=300), pytest.raises(ModelLoadError, match="adapter_config"):
+        recorded_base(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "~nobody-of-this-name/model", "null\0character"])
+def test_model_of_a_name_that_no_file_has_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ModelLoadError, match="not a Hub name"):
+        open_checkpoint(name, None)

@@ -442,7 +442,7 @@ def test_adapter_of_another_base_or_without_weights_is_refused(
     for other in ({"hidden_size": 32}, {"num_hidden_layers": 2}, {"num_hidden_layers": 6}):
         with pytest.raises(ModelLoadError, match="does not fit the base model"):
             load_model(str(checkpoint(**other)), adapter=str(adapter))
-    with pytest.raises(ModelLoadError, match="trained for CAUSAL_LM, this base is SEQ_CLS"):
+    with pytest.raises(ModelLoadError, match="trained for 'CAUSAL_LM', this base is SEQ_CLS"):
         load_model(str(checkpoint(architecture="ForSequenceClassification")), adapter=str(adapter))
     (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(ModelLoadError, match=r"no adapter_model\.safetensors"):

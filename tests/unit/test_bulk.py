@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from numpy.typing import NDArray
 
@@ -100,3 +101,47 @@ def test_model_that_does_not_load_fails_the_constructor(monkeypatch: pytest.Monk
     fakes.replace_load_model(monkeypatch, lambda **settings: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         BulkScorer("m")
+
+
+@pytest.mark.usefixtures("model")
+@pytest.mark.parametrize("name", ["query", "document", "instruction"])
+@pytest.mark.parametrize(
+    "column",
+    ["abcde", b"abcde", {"a": 1}, {"a", "b"}, None, 7, np.array([["a"] * 5] * 5), np.ones(5),
+     pd.DataFrame({"x": ["a"] * 5, "y": ["b"] * 5}), np.array([]), bytearray(5)],
+)  # fmt: skip
+def test_column_that_is_no_list_of_texts_is_refused_by_name(name: str, column: Any) -> None:
+    with pytest.raises(InputError, match=f"column {name} must be a list of strings, got "):
+        BulkScorer("m")({**BATCH, name: column})
+
+
+@pytest.mark.usefixtures("model")
+def test_column_that_can_be_read_once_is_refused() -> None:
+    with pytest.raises(InputError, match="column query must be a list of strings, got generator"):
+        BulkScorer("m")({"query": (q for q in "ab"), "document": ["a", "b"]})  # type: ignore[dict-item]
+
+
+@pytest.mark.usefixtures("model")
+@pytest.mark.parametrize("name", ["query", "document", "instruction"])
+def test_columns_of_other_lengths_are_refused(name: str) -> None:
+    message = f"the columns of a batch must have one length, got .*4 of {name}.* A row is .*; pass"
+    with pytest.raises(InputError, match=message):
+        BulkScorer("m")({**BATCH, name: BATCH[name][:4]})
+
+
+@pytest.mark.usefixtures("model")
+@pytest.mark.parametrize(
+    "batch",
+    [[], "ab", None, 7, {10**5000: ["a"]}],
+    ids=lambda value: type(value).__name__,
+)
+def test_batch_that_is_no_mapping_of_columns_is_refused(batch: Any) -> None:
+    with pytest.raises(InputError, match=r"a batch (must map|needs the columns)"):
+        BulkScorer("m")(batch)
+
+
+@pytest.mark.usefixtures("model")
+def test_series_and_tables_of_columns_are_scored() -> None:
+    table = pd.DataFrame({"query": ["tea"] * 2, "document": ["green tea", "rain"]})
+    found = BulkScorer("m")(table)
+    assert found["score"].tolist() == Reranker("m").score("tea", ["green tea", "rain"])

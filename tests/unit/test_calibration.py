@@ -4,10 +4,13 @@ import copy
 import json
 import math
 import pickle
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -178,3 +181,44 @@ def test_rank_command_prints_calibrated_scores_and_cuts_by_them(
     assert [(r["score"], r["log_odds"]) for r in results] == [(r.score, r.log_odds) for r in kept]
     assert main(["rank", "-q", QUERY, "--calibration", str(tmp_path / "none"), *FRUIT]) == 2
     assert "cannot be used (FileNotFoundError)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.int64, np.uint8, int])
+def test_any_number_is_a_temperature_and_a_bias(kind: Callable[[int], Any]) -> None:
+    calibration = Calibration(kind(2), kind(1))
+    assert calibration == Calibration(2.0, 1.0)
+    assert type(calibration.temperature) is type(calibration.bias) is float
+    assert calibration.probability(-2.0) == 0.5
+
+
+@pytest.mark.parametrize(
+    "value",
+    [10**400, 10**5000, np.float32("inf"), np.bool_(True), "CANARY"],
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.parametrize("name", ["temperature", "bias"])
+def test_what_is_no_number_is_refused_and_not_shown(name: str, value: Any) -> None:
+    with pytest.raises(InputError, match=f"{name} of a calibration must be") as caught:
+        Calibration(**{name: value})
+    assert "CANARY" not in str(caught.value)
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("name", ["fingerprint", "template_hash"])
+@pytest.mark.parametrize(
+    "value", [3, ["x"], Mock(spec=str)], ids=lambda value: type(value).__name__
+)
+def test_hash_that_is_no_string_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(InputError, match=f"{name} of a calibration must be a string or None"):
+        Calibration(**{name: value})
+
+
+def test_file_too_long_or_of_no_name_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwen3_reranker.jsonl.MAX_LINE_BYTES", 100)
+    with pytest.raises(InputError, match=r"cannot be used \(more than 100 bytes\). Pass a file"):
+        Calibration.read(write(tmp_path, " " * 101))
+    for name in ("x" * 5000, "null\0character"):
+        with pytest.raises(InputError, match="cannot be used"):
+            Calibration.read(name)

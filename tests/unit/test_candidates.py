@@ -134,3 +134,27 @@ def test_ndcg_at_10_ignores_ranks_past_ten() -> None:
 def test_ndcg_at_10_ideal_holds_ten_documents() -> None:
     scores = [-float(i) for i in range(12)]
     assert ndcg_at_10([1] * 12, scores, [1, 1]) == 1.0
+
+
+@pytest.mark.parametrize("label", [2**31, 10**400, -(10**400)])
+def test_label_that_no_measure_can_count_is_a_fault(tmp_path: Path, label: int) -> None:
+    rows = (
+        with_candidates({"text": "a", "label": label}),
+        with_candidates({"text": "a", "label": 1}, missing_labels=[label]),
+    )
+    for row in rows:
+        with pytest.raises(DataError, match=r"line 1: .* from 0 to 2147483647"):
+            read_candidate_rows(write(tmp_path, row))
+
+
+def test_largest_label_is_counted(tmp_path: Path) -> None:
+    row = with_candidates({"text": "a", "label": 2**31 - 1}, {"text": "b", "label": 0})
+    (found,) = read_candidate_rows(write(tmp_path, row))
+    assert ndcg_at_10(found.labels or [], [1.0, 0.0]) == 1.0
+
+
+@pytest.mark.parametrize("id", [["x"], {}, True])
+def test_ids_that_are_no_names_are_faults(tmp_path: Path, id: Any) -> None:
+    for row in (with_candidates(query_id=id), with_candidates({"text": "a", "id": id})):
+        with pytest.raises(DataError, match="id' must be a string or a number, got"):
+            read_candidate_rows(write(tmp_path, row))

@@ -147,6 +147,9 @@ def test_files_of_a_collection_are_named_and_a_file_of_lists_is_itself(folder: P
         ("qrels/test.tsv", "q1\td2", "line 6: must have 4 columns"),
         ("qrels/test.tsv", "q1\td2\t1.0", "line 6: the label in the last column must be a whole"),
         ("qrels/test.tsv", "q1\td2\trelevant", "line 6: the label in the last column"),
+        ("qrels/test.tsv", "q1\td2\t2147483648", "line 6: the label in the last column must be a"),
+        ("qrels/test.tsv", f"q1\td2\t1{'0' * 400}", "whole number of at most 2147483647"),
+        ("qrels/test.tsv", f"q1\td2\t{'9' * 5000}", "whole number of at most 2147483647"),
         ("qrels/test.tsv", "q3\td3\t0", "line 6: its query and document are those of line 5"),
         ("qrels/test.tsv", "q8\td3\t1", "line 6: its query is not in "),
         ("corpus.jsonl", '{"_id": "d1", "text": "again"}', "line 5: its id is that of line 1"),
@@ -227,3 +230,21 @@ def test_empty_or_foreign_files_are_told(folder: Path) -> None:
         read_candidates(str(folder))
     with pytest.raises(DataError, match="cannot be read"):
         read_candidates(str(folder / "no.trec"))
+
+
+def test_faults_never_quote_ids(folder: Path) -> None:
+    """A column that was taken for ids may hold the texts."""
+    with (folder / "bm25.trec").open("a") as file:
+        file.write("q1 Q0 CANARY 1 2.0 x\nq1 Q0 CANARY 2 1.0 x\nCANARY Q0 d1 1 2.0 x\n")
+    with (folder / "corpus.jsonl").open("a") as file:
+        file.write('{"_id": "CANARY", "text": "a"}\n' * 2)
+    with pytest.raises(DataError, match="its query and document are those of line 4") as caught:
+        read_candidates(str(folder))
+    assert "CANARY" not in str(caught.value)
+
+
+@pytest.mark.parametrize("label", ["+2", "002", "0" * 5000 + "2"])
+def test_labels_are_numbers_however_they_are_written(folder: Path, label: str) -> None:
+    write(folder, {"qrels/test.tsv": f"q1\td1\t{label}\nq1\td2\t-{'9' * 5000}\n"})
+    (first,) = read_candidates(str(folder))
+    assert first.labels == [0, 2] or first.labels == [2, 0]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import gzip
 from pathlib import Path
 
@@ -81,3 +82,24 @@ def test_faults_are_named_without_texts(
         read_documents(str(file))
     assert all(fragment in str(caught.value) for fragment in fragments)
     assert "milk" not in str(caught.value)
+
+
+def test_limit_of_cells_is_left_alone_while_files_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the process's: two threads that set it and put it back took it from each other."""
+    file = tmp_path / "long.csv"
+    file.write_text(f"text\n{'x' * 200_000}\n")
+    calls: list[int] = []
+    monkeypatch.setattr(csv, "field_size_limit", calls.append)
+    assert [len(document.text) for document in read_documents(str(file))] == [200_000]
+    assert not calls
+
+
+@pytest.mark.parametrize("id", ["[1]", "{}", "true", '["CANARY"]'])
+def test_id_that_is_no_name_is_refused(tmp_path: Path, id: str) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(f'{{"text": "a", "id": {id}}}\n')
+    with pytest.raises(DataError, match="line 1: 'id' must be a string or a number") as caught:
+        read_documents(str(file))
+    assert "CANARY" not in str(caught.value)

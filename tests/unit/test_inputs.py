@@ -5,15 +5,18 @@ import math
 import os
 import re
 import time
+from array import array
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import Mock, NonCallableMock
 
 import numpy as np
 import pytest
 
-from qwen3_reranker import TEMPLATES, InputError, Reranker, inputs
+from qwen3_reranker import TEMPLATES, InputError, PromptTemplate, Reranker, inputs
 from tests import fakes
 
 CANARY = "CANARY text of a document"
@@ -270,3 +273,112 @@ def test_torch_dtypes_are_accepted() -> None:
     Reranker("model", dtype=torch.bfloat16)
     with pytest.raises(InputError, match=r"got torch\.int16"):
         Reranker("model", dtype=torch.int16)
+
+
+@pytest.mark.parametrize("kind", [str, list, tuple, int, float, bool, PromptTemplate])
+@pytest.mark.parametrize("mock", [Mock, NonCallableMock])
+def test_mock_that_claims_a_class_is_refused_at_every_door(mock: Any, kind: type) -> None:
+    fake = mock(spec=kind)
+    assert isinstance(fake, kind)  # what it claims
+    reranker = Reranker("model")
+    calls: list[Callable[[], Any]] = [
+        lambda: reranker.rank(fake, ["d"]),
+        lambda: reranker.rank("q", fake),
+        lambda: reranker.rank("q", [fake]),
+        lambda: reranker.rank("q", ["d"], instruction=fake),
+        lambda: reranker.rank("q", ["d"], top_n=fake),
+        lambda: reranker.rank("q", ["d"], score_threshold=fake),
+        lambda: reranker.rank("q", ["d"], timeout_s=fake),
+        lambda: reranker.rank_many(["q"], [fake]),
+        lambda: reranker.rank_many(["q"], [["d"]], instruction=fake),
+        lambda: reranker.score_pairs([fake]),
+        lambda: reranker.score_pairs([("q", fake)]),
+        *(
+            lambda name=name: Reranker(**{"model": "m", name: fake})
+            for name in ("model", "adapter", "dtype", "device", "template", "revision", "exact",
+                         "max_length", "window_score", "calibration", "instruction")
+        ),
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(InputError):
+            call()
+
+
+@pytest.mark.parametrize(
+    "documents",
+    [bytearray(), memoryview(b""), array("d"), np.array([]), np.array([], np.int64), range(0),
+     np.array([], "M8[s]"), np.array([], bool), np.array([], "S3")],
+)  # fmt: skip
+def test_nothing_of_what_holds_no_texts_is_not_no_documents(documents: Any) -> None:
+    kind = type(documents).__name__
+    with pytest.raises(InputError, match=f"documents must be a list of strings, got {kind}"):
+        Reranker("model").rank("q", documents)
+
+
+def test_nothing_of_torch_is_not_no_documents() -> None:
+    import torch
+
+    with pytest.raises(InputError, match="documents must be a list of strings, got Tensor"):
+        Reranker("model").rank("q", torch.empty(0))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "documents", [np.array([], str), np.array([], object), deque(), array("u")[:0].tolist()]
+)
+def test_nothing_of_what_could_hold_texts_is_no_documents(documents: Any) -> None:
+    assert Reranker("model").rank("q", documents) == []
+
+
+HUGE = 10**5000
+"""Python refuses to print it."""
+
+
+@pytest.mark.parametrize("value", [HUGE, -HUGE], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "name",
+    ["model", "adapter", "dtype", "device", "template", "revision", "exact", "max_length",
+     "max_batch_tokens", "max_windows", "window_score", "calibration", "instruction"],
+)  # fmt: skip
+def test_number_that_cannot_be_printed_is_refused_as_a_setting(name: str, value: int) -> None:
+    with pytest.raises(InputError) as caught:
+        Reranker(**{"model": "m", name: value})
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.int8, np.uint64])
+def test_numbers_of_numpy_are_compared_without_a_warning(kind: Callable[[int], Any]) -> None:
+    reranker = Reranker("model")
+    options: dict[str, Any] = {"timeout_s": kind(60), "score_threshold": kind(1)}
+    assert reranker.rank("q", [], **options) == []
+
+
+def test_number_that_cannot_be_printed_is_refused_in_a_call() -> None:
+    reranker = Reranker("model")
+    for options in ({"score_threshold": HUGE}, {"top_n": -HUGE}, {"timeout_s": -HUGE}):
+        with pytest.raises(InputError, match=r"got int of 16610 bits"):
+            reranker.rank("q", ["d"], **options)  # type: ignore[arg-type]
+    assert reranker.rank("q", [], top_n=HUGE) == []
+
+
+@pytest.mark.parametrize("value", ["no", ["CANARY"], np.array(["max", "mean"]), {"CANARY": 1}])
+def test_word_of_several_is_never_compared_by_the_values_own_rules(value: Any) -> None:
+    for name in ("window_score", "dtype", "template"):
+        with pytest.raises(InputError, match=f"{name} must be") as caught:
+            Reranker(**{"model": "m", name: value})
+        assert "CANARY" not in str(caught.value)
+    with pytest.raises(InputError, match="way must be one of a, b"):
+        inputs.choice("way", value, ("a", "b"))
+
+
+def test_word_of_a_subclass_is_its_characters() -> None:
+    class Liar(str):
+        __slots__ = ()
+        __eq__ = lambda self, other: True  # noqa: E731
+        __hash__ = lambda self: hash("chatml")  # type: ignore[assignment]  # noqa: E731
+        __str__ = __repr__ = lambda self: "lie"
+
+    for name in ("window_score", "dtype", "template"):
+        with pytest.raises(InputError, match=f"{name} must be"):
+            Reranker(**{"model": "m", name: Liar("other")})
+    assert inputs.choice("way", Liar("b"), ("a", "b")) == "b"
+    assert type(inputs.path("model", Liar("folder"))) is str

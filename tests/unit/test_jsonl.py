@@ -6,14 +6,18 @@ import lzma
 import random
 import re
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from finetune.data import read_training_file
 from qwen3_reranker import DataError
-from qwen3_reranker.jsonl import Row, parse_rows, read_lines, read_rows
+from qwen3_reranker.collection import _read_named, read_candidates, read_run
+from qwen3_reranker.documents import read_documents
+from qwen3_reranker.jsonl import Row, parse_rows, read_json, read_lines, read_rows
 
 
 def write(tmp_path: Path, content: str | bytes, name: str = "rows.jsonl") -> str:
@@ -249,3 +253,75 @@ def test_parse_rows_faults_never_quote_the_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="4 faults") as caught:
         parse_rows(write(tmp_path, "\n".join(lines)), lambda row, line: row)
     assert "CANARY" not in str(caught.value)
+
+
+def _faulty(tmp_path: Path, name: str, count: int) -> str:
+    header = "id,text\n" if name.endswith(".csv") else ""
+    return write(tmp_path, header + "x\n" * count, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("rows.jsonl", read_documents),
+        ("rows.csv", read_documents),
+        ("lists.jsonl", read_candidates),
+        ("run.trec", lambda path: read_run(path, corpus="none", queries="none")),
+        ("queries.tsv", lambda path: _read_named(path, lambda row, line: ("", None))),
+        ("train.jsonl", read_training_file),
+    ],
+)
+def test_of_endless_faults_the_first_twenty_are_kept(
+    tmp_path: Path, name: str, read: Callable[[str], object]
+) -> None:
+    path = _faulty(tmp_path, name, 30_000)
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError) as caught:
+            read(path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    message = str(caught.value)
+    assert f"{path} has 30000 faults" in message
+    assert "... and 29980 more" in message
+    assert peak < 2_000_000  # 30,000 messages alone take twice as much
+
+
+@pytest.mark.parametrize("number", ["1" * 1_200_000 + ".5", "-1" + "0" * 500 + "e0"])
+def test_number_that_is_too_large_is_told_by_its_length(tmp_path: Path, number: str) -> None:
+    fault = only_fault(tmp_path, f'{{"a": {number}}}')
+    assert fault == f"one of {len(number)} characters is too large for a number"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "not JSON at column 2"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"a": 1, "a": 2}', "a key is given twice"),
+        (b"NaN", "NaN is not a number"),
+        (b'"\\ud83d"', "a string holds a lone surrogate"),
+        (b"\xff", "byte 1 is not UTF-8"),
+    ],
+)
+def test_file_of_one_value_is_read_strictly(tmp_path: Path, content: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_json(write(tmp_path, content))
+
+
+def test_file_of_one_value_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, b'\xef\xbb\xbf["a"]')
+    assert read_json(path) == ["a"]
+    monkeypatch.setattr("qwen3_reranker.jsonl.MAX_LINE_BYTES", 7)
+    with pytest.raises(ValueError, match="more than 7 bytes"):
+        read_json(path)
+    with pytest.raises(ValueError, match="FileNotFoundError"):
+        read_json(str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "null\0character", "x" * 5000 + ".trec"])
+def test_name_that_no_file_has_is_our_error(name: str) -> None:
+    for read in (read_documents, read_candidates, read_training_file):
+        with pytest.raises(DataError, match=r"cannot be read|beside the run, got neither"):
+            read(name)

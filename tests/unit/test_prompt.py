@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
+from unittest.mock import NonCallableMock
 
+import numpy as np
 import pytest
+from markupsafe import Markup
 
-from qwen3_reranker import TEMPLATES
+from qwen3_reranker import TEMPLATES, InputError, PromptTemplate
 from tests import official
 
 HASHES = {
@@ -62,3 +65,54 @@ def test_every_head_of_an_instruction_begins_alike() -> None:
     for template in TEMPLATES.values():
         beginning = template.beginning("Find")
         assert template.head("Find", "q") == beginning + " q" + template.document_label
+
+
+class Shouting(str):
+    """Redefines everything that joins."""
+
+    __slots__ = ()
+
+    def __add__(self, other: str) -> str:
+        return "lie"
+
+    __radd__ = __add__
+    __str__ = __format__ = __repr__ = lambda self, *_: "lie"
+
+    def rstrip(self, *_: object) -> str:  # type: ignore[override]
+        return "lie"
+
+
+PIECES = [field.name for field in dataclasses.fields(PromptTemplate)]
+
+
+@pytest.mark.parametrize("kind", [Markup, Shouting, np.str_])
+@pytest.mark.parametrize("piece", PIECES)
+def test_piece_of_a_subclass_is_its_characters(piece: str, kind: type[str]) -> None:
+    plain = dataclasses.replace(TEMPLATES["qwen3-reranker"], id="mine")
+    value = getattr(plain, piece)
+    odd = kind(value) if isinstance(value, str) else [kind(token) for token in value]
+    other = dataclasses.replace(plain, **{piece: odd})
+    assert other == plain
+    assert (other.hash, hash(other)) == (plain.hash, hash(plain))
+    given = ("i & <i>", "q < q", "d > d")
+    assert other.render(*given) == plain.render(*given)
+    assert other.beginning("i") == plain.beginning("i")
+    assert other.as_jinja() == plain.as_jinja()
+    kept = getattr(other, piece)
+    assert {type(text) for text in ([kept] if isinstance(value, str) else kept)} == {str}
+
+
+@pytest.mark.parametrize("piece", PIECES)
+@pytest.mark.parametrize(
+    "value",
+    [None, 7, b"yes", NonCallableMock(spec=str), [None], 10**5000],
+    ids=lambda value: type(value).__name__,
+)
+def test_piece_that_is_no_string_is_refused(piece: str, value: object) -> None:
+    with pytest.raises(InputError, match=f"{piece} of a template must be a .* Pass the characters"):
+        dataclasses.replace(TEMPLATES["chatml"], **{piece: value})
+
+
+def test_control_tokens_are_no_string_of_characters() -> None:
+    with pytest.raises(InputError, match="control_tokens of a template must be a tuple of strings"):
+        dataclasses.replace(TEMPLATES["chatml"], control_tokens="<|im_end|>")
