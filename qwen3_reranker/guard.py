@@ -206,12 +206,13 @@ class Guard:
             self._arriving.pop(deadline, None)
 
     def _make_room(self) -> None:
-        """End the time of the oldest bodies on their way if all of them are too large."""
+        """End the time of the oldest bodies on their way while all of them are too large."""
         excess = sum(self._arriving.values()) - self._limits.arriving_bytes
         while excess > 0:
             oldest = next(iter(self._arriving))
             excess -= self._arriving.pop(oldest)
-            oldest.reschedule(0)
+            if not oldest.expired():  # else its time has just ended by itself
+                oldest.reschedule(0)
 
     def _too_large(self) -> str:
         return (

@@ -84,6 +84,8 @@ class AllowedHosts:
                 "with --allowed-host NAME."
             )
         origins = [value.decode("latin-1") for name, value in scope["headers"] if name == b"origin"]
-        if self._only_own_pages and any(urlsplit(o).netloc != hosts[0] for o in origins):
+        # A page's own origin is its scheme and the very name that it calls this server by.
+        own = (f"http://{hosts[0]}", f"https://{hosts[0]}")
+        if self._only_own_pages and any(origin not in own for origin in origins):
             return "the request comes from the page of another site. Use this server's own page."
         return None

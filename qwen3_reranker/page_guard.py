@@ -29,7 +29,7 @@ BODY_BYTES = 8_000_000
 """Of one request: what is typed, or a file."""
 
 _BODIES = 8  # on their way at once; the page sends one at a time
-_BODY_S = 60
+_BODY_S = 30  # less than `listening` leaves a connection, so that there is an answer
 _FILES = 16
 _FORM_BYTES = 4_000  # around a file
 
@@ -155,7 +155,7 @@ class PageGuard:
         if method == "GET" and _PAGE.fullmatch(path):
             return {**scope, "query_string": b""}, receive  # some names in it load files
         if method == "GET" and path == _RESULTS:
-            sessions = parse_qs(query, max_num_fields=8).get("session_hash", [])
+            sessions = parse_qs(query).get("session_hash", [])
             if len(sessions) == 1 and _SESSION.fullmatch(sessions[0]):
                 return {**scope, "query_string": f"session_hash={sessions[0]}".encode()}, receive
         elif method == "GET" and path == f"{_API}/upload_progress":

@@ -74,8 +74,9 @@ class Service:
     def __init__(self, reranker: Reranker, name: str, limits: ServerLimits) -> None:
         self._reranker = reranker
         self._limits = limits
-        folder = Path(name).expanduser()
-        self.name = folder.resolve().name if folder.exists() else name
+        # Not Path's own, as in `checkpoint.locate`.
+        path = os.path.expanduser(name)
+        self.name = Path(path).resolve().name if os.path.exists(path) else name
         self.is_ready = False
         self.metrics = Metrics()
 

@@ -17,7 +17,7 @@ import transformers
 
 from qwen3_reranker import ModelLoadError, Reranker
 from qwen3_reranker.adapters import (
-    _PLAIN_PATTERN,
+    _match_soon,
     _refuse_adapter,
     recorded_base,
     recorded_template,
@@ -59,6 +59,9 @@ def adapter(folder: Path, **settings: Any) -> Path:
         {"rank_pattern": 5}, {"rank_pattern": ["(x+x+)+y"]}, {"alpha_pattern": "(a+)+$"},
         {"layers_pattern": 3}, {"modules_to_save": "lm_head"}, {"exclude_modules": {"(a+)+$": 1}},
         {"peft_type": ["LORA"]}, {"task_type": 10**400}, {"task_type": {}},
+        {"target_modules": r"(.|\w)" * 40 + "!"}, {"exclude_modules": "(|)" * 1_000_000},
+        {"target_modules": "(" * 40 + ".|.)" * 40}, {"target_modules": "((a|b)|(a|b))" * 30},
+        {"rank_pattern": {f"{i}(a|b)(a|b)(a|b)": 8 for i in range(2000)}},
     ],
 )  # fmt: skip
 def test_adapter_that_asks_for_more_than_its_weights_is_refused(
@@ -72,6 +75,8 @@ def test_adapter_that_asks_for_more_than_its_weights_is_refused(
     "settings",
     [{}, {"target_modules": "all-linear"}, {"target_modules": r".*\.(q_proj|v_proj)$"},
      {"rank_pattern": {"layers.0.q_proj": 8}, "loftq_config": {}},
+     {"target_modules": f"layers.({'|'.join(map(str, range(64)))}).(self_attn|mlp).(q|v)_proj"},
+     {"target_modules": [f"model.layers.{i}.self_attn.q_proj" for i in range(5000)]},
      {"megatron_core": "megatron.core"}],
 )  # fmt: skip
 def test_control_usual_adapters_pass(tmp_path: Path, settings: dict[str, Any]) -> None:
@@ -139,11 +144,11 @@ def test_patterns_that_pass_match_in_a_moment(tried: Callable[[int], None]) -> N
     import itertools
     import re
 
-    parts, count = ["a", "(a|a)", ".", "\\w", "a|", "^", "$"], 0
-    name = "a" * 5000 + "!"
+    parts, count = ["a", "(a|a)", ".", "\\w", "a|", "^", "$", "(.|.)" * 12, "(|)" * 24], 0
+    name = "a" * 200 + "!"  # longer than any
     for combination in itertools.product(parts, repeat=4):
         pattern = ".*" + "".join(combination)
-        if not _PLAIN_PATTERN.fullmatch(pattern):
+        if not _match_soon([pattern]):
             continue
         count += 1
         started = time.monotonic()

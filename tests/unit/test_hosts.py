@@ -49,7 +49,8 @@ def test_two_hosts_are_refused() -> None:
 @pytest.mark.parametrize(
     ("origin", "status"),
     [("http://127.0.0.1:8012", 200), ("http://localhost:8012", 421), ("null", 421),
-     ("http://evil.example", 421), ("http://127.0.0.1:8013", 421)],
+     ("http://evil.example", 421), ("http://127.0.0.1:8013", 421), ("https://127.0.0.1:8012", 200),
+     ("http://[", 421), ("http://[x]", 421), ("127.0.0.1:8012", 421)],
 )  # fmt: skip
 def test_pages_of_other_sites_are_refused_where_asked_for(origin: str, status: int) -> None:
     own = client(only_own_pages=True)

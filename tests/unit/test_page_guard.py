@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse
 from starlette.testclient import TestClient
 from starlette.types import Receive, Scope, Send
 
+from qwen3_reranker import listening, page_guard
 from qwen3_reranker.page_guard import BODY_BYTES, Click, PageGuard, Uploads, is_upload
 
 JOIN, RUN, UPLOAD = "/gradio_api/queue/join", "/gradio_api/run/predict", "/gradio_api/upload"
@@ -67,6 +68,7 @@ def test_results_are_those_of_one_session(client: TestClient) -> None:
     assert client.get(f"{path}?session_hash=a1&x=y").json() == [path, "session_hash=a1", ""]
     for query in ("", "session_hash=", "session_hash=a&session_hash=b", "session_hash=a%20b"):
         assert client.get(f"{path}?{query}").status_code == 404
+    assert client.get(f"{path}?{'x=y&' * 1000}session_hash=a1").status_code == 200
 
 
 def test_click_comes_through_without_what_the_page_does_not_send(client: TestClient) -> None:
@@ -111,6 +113,10 @@ def test_bodies_have_a_limit(client: TestClient) -> None:
     for path in (JOIN, RUN, UPLOAD):
         assert client.post(path, content=chunks()).status_code == 413
         assert client.post(path, content=bytes(BODY_BYTES + 10_000)).status_code == 413
+
+
+def test_slow_body_is_answered_before_its_connection_ends() -> None:
+    assert listening._PATIENCE_S["body"] > page_guard._BODY_S
 
 
 def test_upload_is_kept_under_a_name_that_is_no_path(client: TestClient, uploads: Uploads) -> None:

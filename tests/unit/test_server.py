@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from fastapi import FastAPI
 from numpy.typing import NDArray
 
 from qwen3_reranker import (
@@ -25,8 +26,10 @@ from qwen3_reranker import (
     guard,
 )
 from qwen3_reranker.cli import main
+from qwen3_reranker.guard import Guard
 from qwen3_reranker.hosts import is_loopback
 from qwen3_reranker.listening import check_address
+from qwen3_reranker.metrics import Metrics
 from qwen3_reranker.packing import Pack
 from qwen3_reranker.protocol import ServerLimits
 from qwen3_reranker.server import Service, create_app, read_api_key
@@ -346,6 +349,24 @@ async def test_limits_hold_at_n_and_not_at_n_and_one(model: fakes.FakeModel, ove
         assert [reply.status_code for reply in replies] == [413 if over else 200] * 3
 
 
+async def test_room_is_made_beside_a_body_whose_time_has_just_ended() -> None:
+    """Its task is told of it a turn of the loop later."""
+    limits = ServerLimits(arriving_bytes=10)
+    guard = Guard(FastAPI(), api_key=None, limits=limits, known_paths=(), metrics=Metrics())
+
+    async def end() -> None:
+        async with asyncio.timeout(0) as ended, asyncio.timeout(60) as other:
+            try:
+                await asyncio.sleep(60)
+            finally:
+                guard._arriving |= {ended: 8, other: 8}
+                guard._make_room()
+                assert list(guard._arriving) == [other]
+
+    with pytest.raises(TimeoutError):
+        await end()
+
+
 async def test_body_declared_too_large_is_not_read(model: fakes.FakeModel) -> None:
     async def never() -> AsyncIterator[bytes]:
         pytest.fail("the body was read")
@@ -515,7 +536,8 @@ async def test_models_names_the_model_without_its_folder(
 ) -> None:
     folder = tmp_path / "my-reranker"
     folder.mkdir()
-    for name, shown in ((str(folder), "my-reranker"), ("Qwen/Qwen3", "Qwen/Qwen3")):
+    names = [(name, name) for name in ("Qwen/Qwen3", "~no such user/x", "x" * 300, "x\0y")]
+    for name, shown in [(str(folder), "my-reranker"), *names]:
         service = Service(Reranker(name), name, ServerLimits())
         app = create_app(service, api_key=None, limits=ServerLimits())
         transport = httpx.ASGITransport(app)
