@@ -349,10 +349,10 @@ def _refuse_counts(raw: dict[str, Any], file: Path) -> None:
     """Refuse numbers of which transformers makes lists as long, before it does."""
     for name in ("num_hidden_layers", "num_labels"):
         value = raw.get(name)
-        if isinstance(value, (int, float)) and not value <= gguf_header.MOST_LAYERS:  # also NaN
+        if value is not None and not (type(value) is int and value <= gguf_header.MOST_LAYERS):
             raise ModelLoadError(
-                f"'{file}' has a {name} of {shown(value)}, more than {gguf_header.MOST_LAYERS}. "
-                "Fetch the checkpoint again, from a source you trust."
+                f"{name} in '{file}' must be a whole number of at most {gguf_header.MOST_LAYERS}, "
+                f"got {shown(value)}. Fetch the checkpoint again, from a source you trust."
             )
 
 
