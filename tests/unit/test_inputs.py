@@ -270,3 +270,9 @@ def test_torch_dtypes_are_accepted() -> None:
     Reranker("model", dtype=torch.bfloat16)
     with pytest.raises(InputError, match=r"got torch\.int16"):
         Reranker("model", dtype=torch.int16)
+
+
+@pytest.mark.parametrize("dtype", [str, object])
+def test_array_of_two_dimensions_is_a_list_of_each_querys_documents(dtype: Any) -> None:
+    rows = [["a", "b"], ["c", "d"]]
+    assert inputs.lists(["q", "r"], np.array(rows, dtype)) == (["q", "r"], rows)
