@@ -152,4 +152,6 @@ def _end(work: _Work, result: object = None, error: BaseException | None = None)
 
 
 def _fail_closed(work: _Work) -> None:
-    work.future.set_exception(ClosedError("the reranker was closed while this call waited."))
+    work.future.set_exception(
+        ClosedError("the reranker was closed while this call waited. Make a new one.")
+    )
