@@ -96,7 +96,9 @@ def paraphrases(path: str | None) -> dict[str, list[str]]:
     try:
         content: dict[str, list[str]] = read_json(path)
     except ValueError as error:
-        raise DataError(f"'{path}' is not valid JSON ({error}). Correct it.") from error
+        raise DataError(
+            f"'{path}' cannot be read as JSON ({error}). Check the path, or correct the file."
+        ) from error
     is_valid = isinstance(content, dict) and all(
         isinstance(wordings, list) and all(isinstance(wording, str) for wording in wordings)
         for wordings in content.values()

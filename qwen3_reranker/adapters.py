@@ -46,6 +46,8 @@ _NAMES_OF_MODULES: dict[str, tuple[type, ...]] = {
 """Settings of an adapter that name modules of the base, and how JSON has them."""
 _PLAIN_PATTERN = re.compile(r"(\.\*)?[\w.|()^$\\-]*")
 """After one `.*` names and choices of names, and nothing that repeats."""
+_TIED = ("lm_head", "model.embed_tokens")
+"""Modules that may share their weights."""
 _MOST_WAYS = 10_000
 """To match all patterns of an adapter. Forty choices of two in a row have a trillion ways."""
 
@@ -203,8 +205,8 @@ def _refuse_adapter(full: Any, folder: Path) -> None:
         problem = "it names modules by a pattern that could take for ever to match; list them"
     elif settings.get("task_type") not in (wanted, None):
         problem = f"it was trained for {named(settings['task_type'])}, this base is {wanted}"
-    elif full.config.tie_word_embeddings and {"lm_head", "embed_tokens"} & set(
-        settings.get("target_modules") or ()
+    elif full.config.tie_word_embeddings and any(
+        _targets(settings.get("target_modules"), name) for name in _TIED
     ):
         problem = "it adapts an embedding that this base ties to its head, which no merge can keep"
     if problem:
@@ -225,6 +227,16 @@ def _patterns(settings: dict[str, Any]) -> list[str] | None:
             return None
         found += [value] if isinstance(value, str) else list(value)
     return found if all(isinstance(pattern, str) for pattern in found) else None
+
+
+def _targets(modules: str | list[str] | None, name: str) -> bool:
+    """Say whether an adapter is for the module of this name, as peft reads what it is for."""
+    if isinstance(modules, str):
+        try:
+            return re.fullmatch(modules, name) is not None
+        except (re.error, RecursionError):  # which peft says then, too
+            return False
+    return any(f".{name}".endswith(f".{module}") for module in modules or ())
 
 
 def _match_soon(patterns: Iterable[str]) -> bool:

@@ -61,8 +61,8 @@ def read_documents(path: str, *, max_bytes: int | None = None) -> list[Document]
 
     A .jsonl file holds a `{"text", "id"?, "title"?}` per line, a .csv file a header with a column
     "text" and maybe "id" and "title", any other file a document per line. `_id`, BEIR's name for
-    it, is an id too. A file of more than `max_bytes`, unpacked, or then of
-    more than 100,000 lines, is refused; None reads all.
+    it, is an id too. With `max_bytes`, a file that has more, unpacked, or more than 100,000 lines
+    is refused; None reads all.
 
     Raises:
         DataError: If the file cannot be read or has a fault.

@@ -199,7 +199,7 @@ class Engine:
                 self._fail_active(error)
         for request in self._active:
             request.future.set_exception(
-                ClosedError("the reranker was closed while this call was scored.")
+                ClosedError("the reranker was closed while this call was scored. Make a new one.")
             )
         self._active.clear()
         self._fail_waiting()
@@ -215,7 +215,9 @@ class Engine:
                 request = self._waiting.get_nowait()
                 if request is not None:
                     request.future.set_exception(
-                        ClosedError("the reranker was closed while this call waited.")
+                        ClosedError(
+                            "the reranker was closed while this call waited. Make a new one."
+                        )
                     )
 
     def _admit(self) -> bool:

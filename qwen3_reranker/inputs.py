@@ -67,7 +67,7 @@ def lists(queries: Any, documents_of: Any) -> tuple[list[str], list[list[str]]]:
         InputError: If they are not aligned, or one is not what `query` or `documents` accepts.
     """
     given = sequence(queries, "queries", "strings")
-    rows = sequence(documents_of, "documents", "lists of strings, one per query")
+    rows = sequence(documents_of, "documents", "lists of strings, one per query", dimensions=(1, 2))
     if len(given) != len(rows):
         raise InputError(
             f"queries and documents must be aligned, got {len(given)} queries and {len(rows)} "
@@ -345,13 +345,16 @@ def path(name: str, value: Any) -> str:
     return text
 
 
-def sequence(value: Any, name: str, content: str) -> list[Any]:
+def sequence(
+    value: Any, name: str, content: str, *, dimensions: tuple[int, ...] = (1,)
+) -> list[Any]:
     """Return the items of a list or another iterable with an order; they are not looked at.
 
     Args:
         value: What was passed.
         name: Of the argument.
         content: What its items should be.
+        dimensions: What an array may have; one of two is a list of its rows.
 
     Raises:
         InputError: If it has no order, is a table, or could only hold numbers: an empty one would
@@ -360,7 +363,7 @@ def sequence(value: Any, name: str, content: str) -> list[Any]:
     # A string is a sequence of strings, and sets and mappings have no positions to return.
     remedy = "Wrap a single item in a list."
     if _is(value, Iterable) and not _is(value, str, bytes, range, Mapping, Set):
-        if getattr(value, "ndim", 1) != 1:  # of arrays, series and tables
+        if getattr(value, "ndim", 1) not in dimensions:  # of arrays, series and tables
             remedy = "Pass one column, of one dimension."
         elif _holds_numbers(value):
             remedy = f"Pass {content}."

@@ -88,8 +88,8 @@ def read_lines(
     Args:
         path: A file, read as gzip or xz if it ends in .gz or .xz, or "-" for standard input.
         keep_blank: Yield blank lines too.
-        max_bytes: Of the whole file, unpacked, which may then have 100,000 lines, too; None sets no
-            limit.
+        max_bytes: Limit of the whole file, unpacked; with one, 100,000 lines are the limit, too.
+            None sets neither.
 
     Raises:
         DataError: If the file cannot be opened, decompressed or decoded as UTF-8, or is too long.

@@ -9,11 +9,12 @@ do for packs: two short documents that come while a million are encoded wait for
 from __future__ import annotations
 
 import contextlib
+import heapq
 import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from .errors import ClosedError
@@ -24,13 +25,14 @@ from .steps import Steps
 Done = TypeVar("Done")
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, order=True)
 class _Work:
-    """Steps, where their result goes, and the fair share of cost they have had."""
+    """Steps, where their result goes, and the cost that they have had; sorts by who is next."""
 
-    steps: Steps[Any]
-    future: LockFreeFuture[Any]
+    steps: Steps[Any] = field(compare=False)
+    future: LockFreeFuture[Any] = field(compare=False)
     served: float = 0.0
+    place: int = 0  # of those who had as much the newest is first: it may be short
 
 
 class Turns:
@@ -42,7 +44,8 @@ class Turns:
 
     def __init__(self) -> None:
         self._coming: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
-        self._active: list[_Work] = []  # the thread's alone
+        self._active: list[_Work] = []  # a heap, and the thread's alone
+        self._admitted = self._unswept = 0
         self._clock = 0.0  # cost each would have been served by now, had all shared equally
         self._is_closed = False
         self.thread = threading.Thread(target=self._run, name="qwen3-reranker-encode", daemon=True)
@@ -95,37 +98,45 @@ class Turns:
             while not self._is_closed:
                 work = self._coming.get(block=not self._active)
                 if work is not None:
-                    work.served = self._clock
-                    self._active.append(work)
+                    self._admitted += 1
+                    work.served, work.place = self._clock, -self._admitted
+                    heapq.heappush(self._active, work)
                 del work  # or an idle thread would hold the last one
 
     def _do_step(self) -> None:
-        """Do one step of whoever has had least; of those who came last, if several."""
-        for work in [work for work in self._active if work.future.is_abandoned]:
-            self._end(work, error=CancelledError())
+        """Do one step of whoever has had least."""
+        self._drop_abandoned()
         if not self._active or self._is_closed:
             return
-        work = min(reversed(self._active), key=lambda work: work.served)
+        work = heapq.heappop(self._active)
         try:
             cost = next(work.steps)
         except StopIteration as end:
-            self._end(work, end.value)
+            _end(work, end.value)
             return
         except BaseException as error:
-            self._end(work, error=error)
+            _end(work, error=error)
             return
         work.served += cost
+        heapq.heappush(self._active, work)
         self._clock += cost / len(self._active)
 
-    def _end(self, work: _Work, result: object = None, error: BaseException | None = None) -> None:
-        self._active.remove(work)
-        # An error's traceback leads to frames that hold the work: without its future there is no
-        # cycle, and what it leaves behind is freed at once.
-        future, work.future = work.future, LockFreeFuture()
-        if error is None:
-            future.set_result(result)
-        else:
-            future.set_exception(error)
+    def _drop_abandoned(self) -> None:
+        """Let go of work whose caller has left: when it is next, or once in as many steps as wait.
+
+        To look at all of a crowd at every step would take longer than the steps.
+        """
+        while self._active and self._active[0].future.is_abandoned:
+            _end(heapq.heappop(self._active), error=CancelledError())
+        self._unswept += 1
+        if self._unswept >= len(self._active):
+            waiting, self._active, self._unswept = self._active, [], 0
+            for work in waiting:
+                if work.future.is_abandoned:
+                    _end(work, error=CancelledError())
+                else:
+                    self._active.append(work)
+            heapq.heapify(self._active)
 
     def _fail_coming(self) -> None:
         with contextlib.suppress(queue.Empty):
@@ -135,5 +146,17 @@ class Turns:
                     _fail_closed(work)
 
 
+def _end(work: _Work, result: object = None, error: BaseException | None = None) -> None:
+    # An error's traceback leads to frames that hold the work: without its future there is no
+    # cycle, and what it leaves behind is freed at once.
+    future, work.future = work.future, LockFreeFuture()
+    if error is None:
+        future.set_result(result)
+    else:
+        future.set_exception(error)
+
+
 def _fail_closed(work: _Work) -> None:
-    work.future.set_exception(ClosedError("the reranker was closed while this call waited."))
+    work.future.set_exception(
+        ClosedError("the reranker was closed while this call waited. Make a new one.")
+    )

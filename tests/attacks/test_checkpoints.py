@@ -77,7 +77,7 @@ def test_adapter_that_asks_for_more_than_its_weights_is_refused(
      {"rank_pattern": {"layers.0.q_proj": 8}, "loftq_config": {}},
      {"target_modules": f"layers.({'|'.join(map(str, range(64)))}).(self_attn|mlp).(q|v)_proj"},
      {"target_modules": [f"model.layers.{i}.self_attn.q_proj" for i in range(5000)]},
-     {"megatron_core": "megatron.core"}],
+     {"target_modules": "("}, {"megatron_core": "megatron.core"}],
 )  # fmt: skip
 def test_control_usual_adapters_pass(tmp_path: Path, settings: dict[str, Any]) -> None:
     _refuse_adapter(Base(), adapter(tmp_path, **settings))

@@ -20,6 +20,8 @@ import uvloop
 
 from qwen3_reranker import Qwen3RerankerError, Reranker, TimedOutError
 from qwen3_reranker.packing import Budget
+from qwen3_reranker.steps import Steps
+from qwen3_reranker.turns import Turns
 from tests import fakes
 from tests.attacks.limits import bounded
 from tests.fakes import FRUIT, QUERY
@@ -90,6 +92,24 @@ def test_small_call_is_not_behind_a_long_query(monkeypatch: pytest.MonkeyPatch) 
 
         with bounded(seconds=10, megabytes=400):
             assert asyncio.run(main()) < 3
+
+
+def test_crowd_costs_as_much_as_its_calls_do() -> None:
+    """Who is next is not looked for among all of them at every step."""
+
+    def work() -> Steps[None]:
+        yield 1
+        yield 1
+
+    turns = Turns()
+    with bounded(seconds=10, megabytes=200):
+        crowd = [turns.submit(work()) for _ in range(20_000)]
+        for future in crowd[::2]:
+            future.abandon()
+        for future in crowd[1::2]:
+            future.result()
+    turns.stop()
+    turns.thread.join()
 
 
 def test_large_call_leaves_the_loop_free(

@@ -352,10 +352,17 @@ def test_adapter_costs_nothing_once_merged(checkpoint: Callable[..., Path], adap
     assert tuned <= 1.1 * plain
 
 
-def test_adapter_of_a_tied_head_is_refused(checkpoint: Callable[..., Path], adapter: Path) -> None:
+@pytest.mark.parametrize(
+    "modules",
+    [["lm_head", "q_proj"], ["model.embed_tokens"], ["embed_tokens"], ".*(lm_head|q_proj)",
+     "model.embed_tokens"],
+)  # fmt: skip
+def test_adapter_of_a_tied_head_is_refused(
+    checkpoint: Callable[..., Path], adapter: Path, modules: Any
+) -> None:
     file = adapter / "adapter_config.json"
     settings = json.loads(file.read_text())
-    file.write_text(json.dumps({**settings, "target_modules": ["lm_head", "q_proj"]}))
+    file.write_text(json.dumps({**settings, "target_modules": modules}))
     with pytest.raises(ModelLoadError, match="ties to its head"):
         load_model(str(checkpoint()), adapter=str(adapter))
 

@@ -382,3 +382,9 @@ def test_word_of_a_subclass_is_its_characters() -> None:
             Reranker(**{"model": "m", name: Liar("other")})
     assert inputs.choice("way", Liar("b"), ("a", "b")) == "b"
     assert type(inputs.path("model", Liar("folder"))) is str
+
+
+@pytest.mark.parametrize("dtype", [str, object])
+def test_array_of_two_dimensions_is_a_list_of_each_querys_documents(dtype: Any) -> None:
+    rows = [["a", "b"], ["c", "d"]]
+    assert inputs.lists(["q", "r"], np.array(rows, dtype)) == (["q", "r"], rows)

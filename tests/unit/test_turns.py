@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 
 import pytest
 
@@ -85,6 +87,21 @@ def test_abandoned_work_goes_no_further(turns: Turns) -> None:
     log.go.set()
     turns.submit(log.work("a", 1)).result(TIMEOUT_S)
     assert log.steps.count("left") <= 1
+
+
+def test_abandoned_work_is_let_go_of_before_its_turn(turns: Turns) -> None:
+    log = Log()
+    other = turns.submit(log.work("other", *[1] * 10**6))
+    assert log.started.wait(TIMEOUT_S)
+    left = turns.submit(log.work("left", 10**9, 1))
+    log.go.set()
+    while "left" not in log.steps:
+        time.sleep(0.001)
+    left.abandon()
+    with pytest.raises(CancelledError):
+        left.result(TIMEOUT_S)
+    assert not other.done()
+    other.abandon()
 
 
 def test_stop_fails_what_waits_and_what_is_begun() -> None:
