@@ -1,9 +1,10 @@
-"""One thread that does calls' work in steps, whoever has had least first.
+"""One thread that does calls' work in steps, in the order in which equal shares would end them.
 
 Decides whose step is next. Knows nothing of what a step does but its cost.
 
-Calls take turns by the cost of their steps (fair queuing, Demers, Keshav and Shenker 1989), as they
-do for packs: two short documents that come while a million are encoded wait for one step of those.
+Calls take turns by what they have had with their next step (fair queuing, Demers, Keshav and
+Shenker 1989), as they do for packs: two short documents that come while a million are encoded, or
+just after them, wait for one step of those.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ Done = TypeVar("Done")
 
 @dataclass(slots=True, eq=False)
 class _Work:
-    """Steps, where their result goes, and the fair share of cost they have had."""
+    """Steps, where their result goes, the fair share of cost they have had, and the next cost."""
 
     steps: Steps[Any]
     future: LockFreeFuture[Any]
     served: float = 0.0
+    cost: int = 0  # to hear the first step's costs nothing
 
 
 class Turns:
@@ -100,22 +102,21 @@ class Turns:
                 del work  # or an idle thread would hold the last one
 
     def _do_step(self) -> None:
-        """Do one step of whoever has had least; of those who came last, if several."""
+        """Do a step of whoever has had least after it; of those who came last, if several."""
         for work in [work for work in self._active if work.future.is_abandoned]:
             self._end(work, error=CancelledError())
         if not self._active or self._is_closed:
             return
-        work = min(reversed(self._active), key=lambda work: work.served)
+        work = min(reversed(self._active), key=lambda work: work.served + work.cost)
+        work.served += work.cost
+        self._clock += work.cost / len(self._active)
         try:
-            cost = next(work.steps)
+            work.cost = next(work.steps)
         except StopIteration as end:
             self._end(work, end.value)
             return
         except BaseException as error:
             self._end(work, error=error)
-            return
-        work.served += cost
-        self._clock += cost / len(self._active)
 
     def _end(self, work: _Work, result: object = None, error: BaseException | None = None) -> None:
         self._active.remove(work)
