@@ -3,9 +3,9 @@
 Decides whose documents travel next and who may wait. Knows nothing of text, nothing of how a
 forward that fails is mended, and of torch only that `score` may be called from a thread of its own.
 
-Requests take turns by the tokens they have been served (fair queuing, Demers, Keshav and Shenker
-1989): one that comes while a long job runs is seated first in the next pack, and the long job fills
-the rest of it.
+Requests take turns by the tokens they will have been served with their next pack (fair queuing,
+Demers, Keshav and Shenker 1989): a short one that comes while long jobs run, or just after them, is
+seated first in the next pack, and a long job fills the rest of it.
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ class Engine:
         # wherever the garbage collector happens to call it.
         self._waiting: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self._active: list[Request] = []  # in order of arrival; the owner's alone
-        self._clock = 0.0  # virtual time: tokens served to each of those who wait, if all shared
+        # Virtual time: tokens that each would have been served by now, had all shared. There
+        # newcomers begin, so that neither they nor a stream of them have the model to themselves.
+        self._clock = 0.0
         self._max_waiting = max_waiting
         self._observers: list[Callable[[PackRecord], object]] = []
         self._is_closed = False
@@ -263,21 +265,23 @@ class Engine:
             self._tell(replace(record, run_s=monotonic() - started))
 
     def _compose(self) -> list[Part]:
-        """Fill a pack with the documents of whoever was served least."""
+        """Fill a pack with the documents of whoever will have been served least."""
         for request in [r for r in self._active if r.future.is_abandoned]:
             self._fail(request, CancelledError())
-        room, parts = Room(self._forwards.budget), []
-        for request in sorted(self._active, key=lambda r: (r.served, not r.is_new)):
-            if room.linear > _FULL * room.budget.max_batch_tokens:
+        room, parts, ended = Room(self._forwards.budget), [], []
+        most = room.budget.max_batch_tokens
+        for request in sorted(self._active, key=lambda r: (r.served_after(most), not r.is_new)):
+            if room.linear > _FULL * most:
                 break
             before = room.linear
             seats = request.line.fill(room)
             if seats:
                 parts.append((request, seats))
-                request.served += room.linear - before
-        # What each would have been served by now, had they shared: where newcomers begin, so that
-        # neither they nor a stream of them have the model to themselves.
-        self._clock += room.linear / max(len(self._active), 1)
+                request.serve(room.linear - before)
+                if not request.line:
+                    ended.append(room.linear - before)
+        if parts:
+            self._clock += equal_share(room.linear, len(self._active), ended)
         return parts
 
     def _advance(self, request: Request, num_documents: int) -> None:
@@ -314,3 +318,24 @@ class Engine:
                 observer(record)
             except BaseException as error:  # SystemExit, too, is no other caller's business
                 logger.warning("An observer of the reranker raised %s.", type(error).__name__)
+
+
+def equal_share(tokens: int, num_requests: int, ended: Sequence[int]) -> float:
+    """Return what each request would have of a pack if all shared; who needs less leaves the rest.
+
+    Args:
+        tokens: Tokens of the pack.
+        num_requests: Requests that wait for it; at least one.
+        ended: Tokens of each request that needs no more.
+
+    Example:
+        >>> equal_share(100, 3, []), equal_share(100, 3, [10]), equal_share(100, 2, [100])
+        (33.333333333333336, 45.0, 50.0)
+    """
+    left, sharing = float(tokens), num_requests
+    for need in sorted(ended):
+        if need * sharing >= left:
+            break
+        left -= need
+        sharing -= 1
+    return left / sharing

@@ -215,7 +215,11 @@ class Line:
         return seats
 
     def _begin_group(self, room: Room) -> bool:
-        """Decide how the next group travels, unless it had better wait for a room of its own."""
+        """Decide how the next group travels, unless it had better wait for a room of its own.
+
+        One that needs several packs does not wait where its head is kept: its call may come beside
+        short ones that never end, which would take the first seats of every pack.
+        """
         group, budget = self._groups[self._group], room.budget
         lengths = [len(document) for document in group.documents]
         cached = group.num_shared if self._num_shared <= budget.max_cached_tokens else 0
@@ -224,10 +228,11 @@ class Line:
             head + sum(lengths), len(lengths) * (len(group.head) + max(lengths)), len(lengths), head
         )  # fmt: skip
         if not room.fits(*whole):
-            if room.documents:
-                return False
-            if len(lengths) > 1 and len(group.head) <= budget.max_cached_tokens:
+            is_splittable = len(lengths) > 1 and len(group.head) <= budget.max_cached_tokens
+            if is_splittable and not Room(budget).fits(*whole):
                 cached = len(group.head)
+            elif room.documents:
+                return False
         self._cached = cached
         self._order = deque(sorted(range(len(lengths)), key=lambda d: -lengths[d]))
         return True

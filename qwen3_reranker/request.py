@@ -57,13 +57,14 @@ class Request:
         progress: Told of scored documents, or None.
         future: Where the caller waits.
         arrived: When it came, on the monotonic clock.
-        served: Virtual time: the least served are seated first.
+        served: Virtual time: tokens that it has been served, behind those of whoever came before.
         tokens: Tokens computed for it so far.
         is_new: Whether none of its documents has been in a pack.
         is_over: Whether its caller has been answered.
         groups: Heads and the distinct documents whose scores are not known yet.
         line: Those documents, waiting for seats.
         left: How many of them have no score.
+        tokens_left: Tokens of those that have had no seat yet, about: heads count once.
         name: How its caller knows the documents.
         second_error: Class of the error by which a second try for scores that are not finite has
             failed; empty if none has.
@@ -80,6 +81,7 @@ class Request:
     groups: list[Group] = field(default_factory=list)
     line: Line = field(default_factory=lambda: Line([]))
     left: int = 0
+    tokens_left: int = 0
     name: Name = place_of
     second_error: str = ""
     _all_groups: list[Group] = field(default_factory=list)
@@ -98,7 +100,19 @@ class Request:
         ]
         self.line = Line(self.groups)
         self.left = sum(map(len, self._unknown))
+        self.tokens_left = sum(
+            len(group.head) + sum(map(len, group.documents)) for group in self.groups
+        )
         return sum(len(group.documents) for group in self._all_groups) - self.left
+
+    def served_after(self, most: int) -> float:
+        """Return what it will have been served with its next pack, of so many tokens at most."""
+        return self.served + min(max(self.tokens_left, 0), most)
+
+    def serve(self, tokens: int) -> None:
+        """Count tokens of a pack."""
+        self.served += tokens
+        self.tokens_left -= tokens
 
     def num_tokens(self, seat: Seat) -> int:
         """Return the tokens that a seat takes in a row."""

@@ -11,6 +11,7 @@ import copy
 import logging
 import os
 from collections.abc import Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,6 +50,8 @@ from .reranker import Reranker
 logger = logging.getLogger(__name__)
 
 _SHUTDOWN_S = 30
+_SMALL_BODY = 16 * 1024
+_parser = ThreadPoolExecutor(1, "qwen3-reranker-parse")
 _RERANK_PATHS = ("/rerank", "/v1/rerank", "/v2/rerank")
 _PATHS = (*_RERANK_PATHS, "/score", "/v1/models", OPEN_PATH, "/ready", "/metrics", "/openapi.json")
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -215,7 +218,12 @@ async def _body(kind: type[_Body], request: Request, limits: ServerLimits) -> _B
         raise RefusedError(
             422, "the body is not JSON. Send the header Content-Type: application/json."
         )
-    return await asyncio.to_thread(parse_body, kind, await request.body(), limits)
+    content = await request.body()
+    if len(content) <= _SMALL_BODY:
+        return parse_body(kind, content, limits)
+    return await asyncio.get_running_loop().run_in_executor(
+        _parser, parse_body, kind, content, limits
+    )
 
 
 async def _answer(

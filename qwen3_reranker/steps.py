@@ -1,7 +1,7 @@
 """Work in small steps, so that others may have a turn between two of them.
 
-Decides what a step is: what a generator does until it yields, and the cost it yields. Knows nothing
-of the work or of who takes turns.
+Decides what a step is: what a generator does after it has yielded the step's cost. Knows nothing of
+the work or of who takes turns.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import TypeAlias, TypeVar
 Done = TypeVar("Done")
 
 Steps: TypeAlias = Generator[int, None, Done]
-"""Yields the cost of each step, in characters read, and returns what the work is for."""
+"""Yields the cost of each step before it does it, in characters to be read, and returns what the
+work is for."""
 
 
 def finish(steps: Steps[Done]) -> Done:

@@ -221,10 +221,10 @@ class PromptTokenizer:
         found, start = [], 0
         while start < len(text):
             part = text[start : start + _SPAN_CHARS]
+            yield len(part)
             (encoding,) = self._plain.encode_batch([part], add_special_tokens=False)
             found.append(np.array(encoding.offsets, np.int64).reshape(-1, 2) + start)
             start += len(part)
-            yield len(part)
         # One less: the text stands behind a space.
         return TokenSpans(np.maximum(np.concatenate(found) - 1, 0))
 
@@ -253,6 +253,7 @@ class PromptTokenizer:
             for chunk in _chunks([texts[i] for i in waiting], num_chars):
                 rows = [waiting[i] for i in chunk]
                 parts = [beginning(texts[i], num_chars) for i in rows]
+                yield sum(map(len, parts))
                 # encode_batch_fast releases the GIL; encode holds it for the whole text.
                 encodings = self._plain.encode_batch_fast(parts, add_special_tokens=False)
                 for i, encoding in zip(rows, encodings, strict=True):
@@ -263,7 +264,6 @@ class PromptTokenizer:
                     truncated[i] = len(encoding) > limit
                     ids[i] = _ids(encoding, limit)
                 del encodings
-                yield sum(map(len, parts))
             waiting = unfinished
             num_chars = self._more_chars(num_chars, limit)
         return ids, truncated

@@ -1,9 +1,10 @@
-"""One thread that does calls' work in steps, whoever has had least first.
+"""One thread that does calls' work in steps, in the order in which equal shares would end them.
 
 Decides whose step is next. Knows nothing of what a step does but its cost.
 
-Calls take turns by the cost of their steps (fair queuing, Demers, Keshav and Shenker 1989), as they
-do for packs: two short documents that come while a million are encoded wait for one step of those.
+Calls take turns by what they have had with their next step (fair queuing, Demers, Keshav and
+Shenker 1989), as they do for packs: two short documents that come while a million are encoded, or
+just after them, wait for one step of those.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ Done = TypeVar("Done")
 
 @dataclass(slots=True, order=True)
 class _Work:
-    """Steps, where their result goes, and the cost that they have had; sorts by who is next."""
+    """Steps, and where their result goes; sorts by who is next."""
 
     steps: Steps[Any] = field(compare=False)
     future: LockFreeFuture[Any] = field(compare=False)
-    served: float = 0.0
-    place: int = 0  # of those who had as much the newest is first: it may be short
+    due: float = 0.0  # the fair share of cost that it has had after its next step
+    place: int = 0  # of those who are due at once the newest is first: it may be short
+    cost: int = field(default=0, compare=False)  # of the next step; to hear the first's is free
 
 
 class Turns:
@@ -99,27 +101,26 @@ class Turns:
                 work = self._coming.get(block=not self._active)
                 if work is not None:
                     self._admitted += 1
-                    work.served, work.place = self._clock, -self._admitted
+                    work.due, work.place = self._clock, -self._admitted
                     heapq.heappush(self._active, work)
                 del work  # or an idle thread would hold the last one
 
     def _do_step(self) -> None:
-        """Do one step of whoever has had least."""
+        """Do a step of whoever has had least after it."""
         self._drop_abandoned()
         if not self._active or self._is_closed:
             return
-        work = heapq.heappop(self._active)
+        work = self._active[0]
+        self._clock += work.cost / len(self._active)
         try:
-            cost = next(work.steps)
+            work.cost = next(work.steps)
         except StopIteration as end:
-            _end(work, end.value)
-            return
+            _end(heapq.heappop(self._active), end.value)
         except BaseException as error:
-            _end(work, error=error)
-            return
-        work.served += cost
-        heapq.heappush(self._active, work)
-        self._clock += cost / len(self._active)
+            _end(heapq.heappop(self._active), error=error)
+        else:
+            work.due += work.cost
+            heapq.heapreplace(self._active, work)
 
     def _drop_abandoned(self) -> None:
         """Let go of work whose caller has left: when it is next, or once in as many steps as wait.
@@ -130,13 +131,15 @@ class Turns:
             _end(heapq.heappop(self._active), error=CancelledError())
         self._unswept += 1
         if self._unswept >= len(self._active):
-            waiting, self._active, self._unswept = self._active, [], 0
-            for work in waiting:
-                if work.future.is_abandoned:
-                    _end(work, error=CancelledError())
-                else:
-                    self._active.append(work)
-            heapq.heapify(self._active)
+            self._unswept = 0
+            left: list[_Work] = []
+            kept: list[_Work] = []
+            for work in self._active:
+                (left if work.future.is_abandoned else kept).append(work)
+            heapq.heapify(kept)
+            self._active = kept
+            for work in left:
+                _end(work, error=CancelledError())
 
     def _fail_coming(self) -> None:
         with contextlib.suppress(queue.Empty):

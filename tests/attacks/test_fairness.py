@@ -29,8 +29,8 @@ pytestmark = pytest.mark.attack
 CALLERS, CALLS, RUNS = 8, 100, 3
 APART_S = 0.05
 """Small calls come so far apart, whether those before are answered or not."""
-LONG = [f"number {i} " + "of a long document " * 200 for i in range(1000)]
-LONG_TOKENS = 800
+LONG = [f"number {i} " + "of a long document " * 400 for i in range(1000)]
+LONG_TOKENS = 1600
 TELLING = (
     "import sys; from qwen3_reranker import metrics; tell = metrics.Metrics.record_forward; "
     "metrics.Metrics.record_forward = lambda self, record: (tell(self, record), "
@@ -65,7 +65,7 @@ async def run_beside_a_crowd(large: Rank, small: Rank, read_packs: Callable[[], 
         return waits, read_packs()[before:]
 
     crowd = [asyncio.create_task(ask_much(i)) for i in range(CALLERS)]
-    await asyncio.sleep(1)
+    await asyncio.sleep(0)
     found = {"encoded": await ask_all()}
     async with asyncio.timeout(120):
         while not any(tokens > LONG_TOKENS for _, tokens in read_packs()[-10:]):

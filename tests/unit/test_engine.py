@@ -134,6 +134,35 @@ def test_stream_of_short_calls_leaves_a_long_job_its_share(make: Callable[..., E
     assert any(0 in ids for ids in forwards), "the stream itself must be there"
 
 
+def test_short_calls_and_long_jobs_that_come_together_hold_up_neither(
+    make: Callable[..., Engine],
+) -> None:
+    forwards: list[list[int]] = []
+    begin = threading.Event()
+
+    def score(pack: Pack) -> NDArray[np.float32]:
+        assert begin.wait(TIMEOUT_S)
+        forwards.append(last_ids(pack))
+        number = len(forwards)
+        if number <= 40:  # one that comes during each forward, before the next is composed
+            caller = threading.Thread(target=lambda: engine.submit([group(number, head=99)]))
+            caller.start()
+            caller.join(TIMEOUT_S)
+        return last_id(pack)
+
+    engine = make(score, budget=Budget(20, max_cached_tokens=8))
+    starts = range(1000, 9000, 1000)
+    jobs = [engine.submit([group(*range(i, i + 100), head=i)]) for i in starts]
+    begin.set()
+    for job in jobs:
+        job.result(TIMEOUT_S)
+    for number in range(1, 41):
+        assert number in forwards[number], "each short call is in the next pack"
+    seen = [[i // 1000 for i in ids if i >= 1000] for ids in forwards]
+    first = [next(n for n, ids in enumerate(seen) if job in ids) for job in range(1, 9)]
+    assert max(first) <= 16, "short calls that never end keep no job from its first pack"
+
+
 def test_one_forward_is_in_flight_with_fifty_callers(make: Callable[..., Engine]) -> None:
     score, barrier = Peak(), threading.Barrier(50)
     engine = make(score)

@@ -22,18 +22,18 @@ def turns() -> Iterator[Turns]:
 
 
 class Log:
-    """Work that writes down its steps; the first step of the first work waits to be let go."""
+    """Work that writes down its steps; the first step of all waits to be let go."""
 
     def __init__(self) -> None:
         self.steps: list[str] = []
         self.started, self.go = threading.Event(), threading.Event()
 
     def work(self, name: str, *costs: int) -> Steps[str]:
-        self.started.set()
-        assert self.go.wait(TIMEOUT_S)
         for cost in costs:
-            self.steps.append(name)
             yield cost
+            self.started.set()
+            assert self.go.wait(TIMEOUT_S)
+            self.steps.append(name)
         return name
 
 
@@ -53,6 +53,17 @@ def test_who_had_least_is_next_and_newcomers_are_first(turns: Turns) -> None:
     log.go.set()
     assert [future.result(TIMEOUT_S) for future in (*short, long)] == ["short", "shorter", "long"]
     assert log.steps[:4] == ["long", "shorter", "short", "long"]
+
+
+def test_short_work_is_not_behind_long_work_that_has_just_come(turns: Turns) -> None:
+    log = Log()
+    long = [turns.submit(log.work(f"long {i}", 10, 10)) for i in range(8)]
+    assert log.started.wait(TIMEOUT_S)
+    short = turns.submit(log.work("short", 2))
+    log.go.set()
+    for future in (short, *long):
+        future.result(TIMEOUT_S)
+    assert log.steps.index("short") == 1
 
 
 def test_stream_of_short_work_leaves_the_long_its_share(turns: Turns) -> None:
@@ -93,7 +104,7 @@ def test_abandoned_work_is_let_go_of_before_its_turn(turns: Turns) -> None:
     log = Log()
     other = turns.submit(log.work("other", *[1] * 10**6))
     assert log.started.wait(TIMEOUT_S)
-    left = turns.submit(log.work("left", 10**9, 1))
+    left = turns.submit(log.work("left", 1, 10**9))
     log.go.set()
     while "left" not in log.steps:
         time.sleep(0.001)
