@@ -65,7 +65,7 @@ async def run_beside_a_crowd(large: Rank, small: Rank, read_packs: Callable[[], 
         return waits, read_packs()[before:]
 
     crowd = [asyncio.create_task(ask_much(i)) for i in range(CALLERS)]
-    await asyncio.sleep(0)
+    await asyncio.sleep(1)  # until all bodies have come
     found = {"encoded": await ask_all()}
     async with asyncio.timeout(120):
         while not any(tokens > LONG_TOKENS for _, tokens in read_packs()[-10:]):
