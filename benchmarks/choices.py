@@ -20,10 +20,11 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from qwen3_reranker import causal, layers
-from qwen3_reranker.loading import load_model
-from qwen3_reranker.packing import Budget, Group, Pack, build_pack, plan_packs
-from qwen3_reranker.prepacked import prepacked
+from qwen3_reranker.model import attention_cpu
+from qwen3_reranker.model import layers
+from qwen3_reranker.model.loading import load_model
+from qwen3_reranker.engine.packing import Budget, Group, Pack, build_pack, plan_packs
+from qwen3_reranker.model.prepacked import prepacked
 from tests.real_parts import QWEN3_0_6B, save_random_qwen3
 
 from .workload import resident_bytes
@@ -92,8 +93,8 @@ def measure_attention(rounds: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def by_kernel(skips: bool, *tensors: torch.Tensor) -> None:
-        with patch.object(causal, "_skips_mask", lambda before, length: skips):
-            causal.tail_by_kernel(*tensors, HEAD_SIZE**-0.5)
+        with patch.object(attention_cpu, "_skips_mask", lambda before, length: skips):
+            attention_cpu.tail_by_kernel(*tensors, HEAD_SIZE**-0.5)
 
     for before, length in SHAPES:
         query, key, value = (
@@ -105,7 +106,7 @@ def measure_attention(rounds: int, dtype: torch.dtype) -> None:
         ways = {
             "masked": partial(by_kernel, False, query, key, value),
             "maskless": partial(by_kernel, True, query, key, value),
-            "blocks": partial(causal.tail_in_blocks, query, key, value, HEAD_SIZE**-0.5),
+            "blocks": partial(attention_cpu.tail_in_blocks, query, key, value, HEAD_SIZE**-0.5),
         }
         times = "  ".join(f"{1e3 * seconds:8.1f}" for seconds in fastest(ways, rounds).values())
         print(f"{before:6d}  {length:8d} {times}", flush=True)
@@ -145,9 +146,9 @@ def measure_new_lengths(dtype: torch.dtype, step: int) -> None:
 
     def attend(before: int, length: int) -> None:
         keys = key[:, :, : before + length]
-        causal.tail_by_kernel(query[:, :, :length], keys, keys, HEAD_SIZE**-0.5)
+        attention_cpu.tail_by_kernel(query[:, :, :length], keys, keys, HEAD_SIZE**-0.5)
 
-    with patch.object(causal, "size_step", lambda device, dtype: step):
+    with patch.object(attention_cpu, "size_step", lambda device, dtype: step):
         calls = [partial(attend, *sizes) for sizes in zip(befores, lengths, strict=True)]
         measure_twice(f"attention     {step:4d}", calls)
 

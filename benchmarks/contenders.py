@@ -20,8 +20,9 @@ from sentence_transformers import CrossEncoder
 
 from finetune.gguf_export import FILE, write_gguf
 from finetune.whole import load_whole
-from qwen3_reranker import Reranker, loading
-from qwen3_reranker.loading import DTYPES
+from qwen3_reranker import Reranker
+from qwen3_reranker.model import loading
+from qwen3_reranker.model.loading import DTYPES
 from tests.official import INSTRUCTION, PREFIX, SUFFIX, format_body
 
 from .workload import DisagreementError, count_tokens

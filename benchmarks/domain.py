@@ -31,7 +31,7 @@ import bm25s  # type: ignore[import-untyped]
 from finetune.cli import parse_training, training_parser
 from finetune.metrics import ScoredSet, compare, heuristics, measure
 from finetune.served import Served, read_lists, saved_scores
-from qwen3_reranker.candidates import CandidateList
+from qwen3_reranker.data.candidates import CandidateList
 
 CONFIG = "recipes/support/train.yaml"
 CONTROL_SEED = 0

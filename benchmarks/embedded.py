@@ -19,7 +19,7 @@ from pathlib import Path
 
 from finetune.metrics import ScoredSet, compare, measure
 from finetune.served import Lists, Scores, Served, read_lists, saved_scores
-from qwen3_reranker.candidates import CandidateList
+from qwen3_reranker.data.candidates import CandidateList
 
 POOLED = ("general_en", "med_en", "code_cosqa")
 """Sets of which dev and mini are looked at, alone and together."""

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from finetune.metrics import Comparison, ScoredSet, compare, heuristics, measure
 from finetune.served import Served, read_lists, saved_scores
-from qwen3_reranker.candidates import CandidateList
+from qwen3_reranker.data.candidates import CandidateList
 
 ENDING = ".eval.jsonl.xz"
 HEAD = (

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from qwen3_reranker.cpu import prepacking_pays
-from qwen3_reranker.prepacked import prepacked
+from qwen3_reranker.model.cpu_trials import prepacking_pays
+from qwen3_reranker.model.prepacked import prepacked
 
 ROWS = (128, 256, 512, 1024, 2048)
 """Numbers of tokens at which the rate is measured; the best one counts."""

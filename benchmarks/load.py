@@ -27,8 +27,8 @@ import torch
 from tokenizers import Tokenizer
 
 from qwen3_reranker import Reranker
-from qwen3_reranker.engine import PackRecord
-from qwen3_reranker.packing import build_pack, merge_duplicates, plan_packs
+from qwen3_reranker.engine.engine import PackRecord
+from qwen3_reranker.engine.packing import build_pack, merge_duplicates, plan_packs
 from tests.real_parts import QWEN3_0_6B, qwen3_tokenizer_file, save_random_qwen3
 
 from .workload import add_run_options, describe_machine, one_token_words, write_measurements

@@ -30,7 +30,7 @@ from statistics import fmean
 from finetune.metrics import ScoredSet, compare, measure
 from finetune.negatives import Mining
 from finetune.served import Served, read_lists, saved_scores
-from qwen3_reranker.candidates import CandidateList
+from qwen3_reranker.data.candidates import CandidateList
 
 SETS = ("med_en.dev", "med_en.mini", "med_liveqa.eval")
 MARGINS = (0.0, 0.5, 1.0, 2.0, 4.0)

@@ -32,7 +32,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer
 
-from qwen3_reranker.loading import DTYPES
+from qwen3_reranker.model.loading import DTYPES
 from tests.real_parts import (
     QWEN3_0_6B,
     QWEN3_4B,

@@ -25,7 +25,7 @@ from finetune.groups import GroupDataset, Sampling
 from finetune.losses import pointwise
 from finetune.trainee import Base, load_trainee
 from finetune.trainer import GroupTrainer
-from qwen3_reranker.loading import DTYPES, default_batch_tokens
+from qwen3_reranker.model.loading import DTYPES, default_batch_tokens
 from tests.official import INSTRUCTION, PREFIX, Official, format_body
 
 from .workload import DisagreementError, count_tokens

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from qwen3_reranker.cpu import bfloat16_pays
+from qwen3_reranker.model.cpu_trials import bfloat16_pays
 
 
 class DisagreementError(Exception):

@@ -16,7 +16,7 @@ from typing import Any
 
 import transformers
 
-from qwen3_reranker.adapters import ADAPTER_RECORD
+from qwen3_reranker.checkpoint.adapters import ADAPTER_RECORD
 
 from .config import RerankerArguments
 from .data import TrainingFile

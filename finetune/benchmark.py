@@ -16,9 +16,9 @@ from typing import Any
 
 from qwen3_reranker import Reranker
 from qwen3_reranker.errors import DataError, InputError, named
-from qwen3_reranker.jsonl import read_json
-from qwen3_reranker.prompt import PUBLISHED_EVAL, TEMPLATES
-from qwen3_reranker.terminal import fit
+from qwen3_reranker.data.jsonl import read_json
+from qwen3_reranker.text.prompt import PUBLISHED_EVAL, TEMPLATES
+from qwen3_reranker.cli.terminal import fit
 
 from .output import write_json
 from .served import Served

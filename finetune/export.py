@@ -19,9 +19,9 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from qwen3_reranker.checkpoint import read_json
+from qwen3_reranker.checkpoint.files import read_json
 from qwen3_reranker.errors import InputError, MissingExtraError
-from qwen3_reranker.loading import yes_no_row
+from qwen3_reranker.model.loading import yes_no_row
 
 from .gguf_export import FILE, score_gguf, write_gguf
 from .output import write_json

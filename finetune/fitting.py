@@ -20,7 +20,7 @@ from sklearn.model_selection import (  # type: ignore[import-untyped]
 )
 
 from qwen3_reranker import Calibration
-from qwen3_reranker.candidates import CandidateList
+from qwen3_reranker.data.candidates import CandidateList
 from qwen3_reranker.errors import DataError
 
 from . import metrics

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from qwen3_reranker.errors import InputError, MissingExtraError
-from qwen3_reranker.loading import yes_no_row
-from qwen3_reranker.model import YesNoCrossEncoder
+from qwen3_reranker.model.loading import yes_no_row
+from qwen3_reranker.model.network import YesNoCrossEncoder
 
 from .whole import SAMPLE, Whole
 

@@ -18,10 +18,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from qwen3_reranker import checkpoint
-from qwen3_reranker.adapters import ADAPTER_RECORD, ADAPTER_WEIGHTS, adapter_weights, template_of
+from qwen3_reranker.checkpoint import files as checkpoint
+from qwen3_reranker.checkpoint.adapters import ADAPTER_RECORD, ADAPTER_WEIGHTS, adapter_weights, template_of
 from qwen3_reranker.errors import InputError
-from qwen3_reranker.tokenization import PromptTokenizer
+from qwen3_reranker.text.tokenizer import PromptTokenizer
 
 from .output import MANIFEST, write_json
 from .publish import deliver, write_card

@@ -15,7 +15,7 @@ from statistics import fmean
 import numpy as np
 import numpy.typing as npt
 
-from qwen3_reranker.candidates import LARGEST_LABEL, CandidateList
+from qwen3_reranker.data.candidates import LARGEST_LABEL, CandidateList
 from qwen3_reranker.errors import InputError, MissingExtraError, shown
 
 METRICS = ("nDCG@10", "MRR@10", "MAP", "R@10")

@@ -11,7 +11,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, get_token
 
 from qwen3_reranker.errors import InputError, Qwen3RerankerError
-from qwen3_reranker.prompt import QWEN3_RERANKER, PromptTemplate
+from qwen3_reranker.text.prompt import QWEN3_RERANKER, PromptTemplate
 
 from .whole import fill, new_folder
 

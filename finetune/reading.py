@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen3_reranker.candidates import CandidateList
+from qwen3_reranker.data.candidates import CandidateList
 from qwen3_reranker.errors import DataError
-from qwen3_reranker.jsonl import read_json
+from qwen3_reranker.data.jsonl import read_json
 
 from .config import RerankerArguments
 from .data import TrainingFile, TrainingGroup, check_leaks, describe, read_training_file

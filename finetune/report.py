@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from qwen3_reranker.errors import MissingExtraError
-from qwen3_reranker.terminal import WIDTH, fit
+from qwen3_reranker.cli.terminal import WIDTH, fit
 
 from .metrics import METRICS, Comparison, Reliability
 from .output import write_json

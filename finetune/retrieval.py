@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from qwen3_reranker.documents import Document, read_documents
+from qwen3_reranker.data.documents import Document, read_documents
 from qwen3_reranker.errors import DataError, MissingExtraError, ModelLoadError
 
 from .data import TrainingGroup, normalised

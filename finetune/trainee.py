@@ -17,8 +17,10 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from qwen3_reranker import ModelLoadError, checkpoint, loading
-from qwen3_reranker.adapters import (
+from qwen3_reranker import ModelLoadError
+from qwen3_reranker.checkpoint import files
+from qwen3_reranker.model import loading
+from qwen3_reranker.checkpoint.adapters import (
     ADAPTER_WEIGHTS,
     fingerprint,
     no_alias_warning,
@@ -26,11 +28,11 @@ from qwen3_reranker.adapters import (
     refuse_other_base,
     template_of,
 )
-from qwen3_reranker.attention import choose_backend
-from qwen3_reranker.model import YesNoCrossEncoder
-from qwen3_reranker.packing import Pack
-from qwen3_reranker.prompt import PromptTemplate
-from qwen3_reranker.tokenization import PromptTokenizer
+from qwen3_reranker.model.attention import choose_backend
+from qwen3_reranker.model.network import YesNoCrossEncoder
+from qwen3_reranker.engine.packing import Pack
+from qwen3_reranker.text.prompt import PromptTemplate
+from qwen3_reranker.text.tokenizer import PromptTokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +139,7 @@ class Trainee:
         """Return how an adapter's settings differ from this run's, None if they do not."""
         if not isinstance(self.full, PeftModel):
             return "this run trains every weight and has no adapter"
-        theirs = checkpoint.read_json(folder / "adapter_config.json")
+        theirs = files.read_json(folder / "adapter_config.json")
         ours: Any = self.full.peft_config["default"]
         for name in ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora"):
             if theirs.get(name) != getattr(ours, name):
@@ -166,11 +168,11 @@ def load_trainee(base: Base, *, device: torch.device, template: PromptTemplate |
     Raises:
         ModelLoadError: If the base cannot be used, or the LoRA settings do not fit it.
     """
-    folder, gguf_file, config = checkpoint.open_checkpoint(base.name, base.revision)
-    tokenizer_json = checkpoint.read_tokenizer(folder, gguf_file)
+    folder, gguf_file, config = files.open_checkpoint(base.name, base.revision)
+    tokenizer_json = files.read_tokenizer(folder, gguf_file)
     tokenizer = PromptTokenizer(tokenizer_json, template_of(template, folder, None))
     dtype = loading.DTYPES[base.dtype] if base.dtype else _default_dtype(device)
-    full = checkpoint.read_weights(folder, gguf_file, config, dtype, quantization=base.quantization)
+    full = files.read_weights(folder, gguf_file, config, dtype, quantization=base.quantization)
     head = loading.yes_no_row(full, tokenizer)
     full.requires_grad_(False)
     for module in full.modules():

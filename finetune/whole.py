@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qwen3_reranker import Reranker, checkpoint
-from qwen3_reranker.adapters import merge_adapter, template_of
+from qwen3_reranker import Reranker
+from qwen3_reranker.checkpoint import files
+from qwen3_reranker.checkpoint.adapters import merge_adapter, template_of
 from qwen3_reranker.errors import InputError, Qwen3RerankerError
-from qwen3_reranker.results import in_order
-from qwen3_reranker.tokenization import PromptTokenizer
-from qwen3_reranker.unfinished import remove_unfinished, written_whole
+from qwen3_reranker.call.results import in_order
+from qwen3_reranker.text.tokenizer import PromptTokenizer
+from qwen3_reranker.checkpoint.unfinished import remove_unfinished, written_whole
 
 from .output import write_json
 
@@ -74,7 +75,7 @@ class Whole:
             write_json(
                 folder / "tokenizer_config.json", {**settings, "eos_token": end, "pad_token": end}
             )
-        config = checkpoint.read_json(folder / "config.json")
+        config = files.read_json(folder / "config.json")
         theta = (config.get("rope_parameters") or {}).get("rope_theta")
         if theta is not None:  # version 4 reads it here, and would take 10,000 without a word
             write_json(folder / "config.json", {**config, "rope_theta": theta})
@@ -91,15 +92,15 @@ def load_whole(model: str, adapter: str | None, instruction: str | None = None) 
     Raises:
         ModelLoadError: If either cannot be used.
     """
-    folder, gguf_file, config = checkpoint.open_checkpoint(model, None)
+    folder, gguf_file, config = files.open_checkpoint(model, None)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    full = checkpoint.read_weights(folder, gguf_file, config, torch.float32)
+    full = files.read_weights(folder, gguf_file, config, torch.float32)
     adapter_folder = None
     if adapter is not None:
-        adapter_folder = checkpoint.locate(adapter, None, "adapter")[0]
+        adapter_folder = files.locate(adapter, None, "adapter")[0]
         full = merge_adapter(full, adapter_folder)
     template = template_of(None, folder, adapter_folder)
-    tokenizer_json = checkpoint.read_tokenizer(folder, gguf_file)
+    tokenizer_json = files.read_tokenizer(folder, gguf_file)
     tokenizer = PromptTokenizer(tokenizer_json, template)
     instruction = instruction or tokenizer.template.default_instruction
     return Whole(folder, full.to(dtype), tokenizer_json, tokenizer, instruction)

@@ -10,32 +10,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .calibration import Calibration
-    from .errors import (
-        ClosedError,
-        DataError,
-        DocumentTooLargeError,
-        InputError,
-        MissingExtraError,
-        ModelLoadError,
-        NonFiniteScoreError,
-        OverloadedError,
-        Qwen3RerankerError,
-        RankingError,
-        ReentryError,
-        RemoteError,
-        RemoteProtocolError,
-        TimedOutError,
-    )
-    from .prompt import TEMPLATES, PromptTemplate
-    from .remote import RemoteReranker
+    from .call.calibration import Calibration
+    from .errors import ClosedError, DataError, DocumentTooLargeError, InputError, MissingExtraError, ModelLoadError, NonFiniteScoreError, OverloadedError, Qwen3RerankerError, RankingError, ReentryError, RemoteError, RemoteProtocolError, TimedOutError
+    from .text.prompt import TEMPLATES, PromptTemplate
+    from .client.remote import RemoteReranker
     from .reranker import Reranker
-    from .results import RankedDocument, Scorer, Usage
+    from .call.results import RankedDocument, Scorer, Usage
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Calibration": "calibration",
+    "Calibration": "call.calibration",
     "ClosedError": "errors",
     "DataError": "errors",
     "DocumentTooLargeError": "errors",
@@ -44,19 +29,19 @@ _HOME = {
     "ModelLoadError": "errors",
     "NonFiniteScoreError": "errors",
     "OverloadedError": "errors",
-    "PromptTemplate": "prompt",
+    "PromptTemplate": "text.prompt",
     "Qwen3RerankerError": "errors",
-    "RankedDocument": "results",
+    "RankedDocument": "call.results",
     "RankingError": "errors",
     "ReentryError": "errors",
     "RemoteError": "errors",
     "RemoteProtocolError": "errors",
-    "RemoteReranker": "remote",
+    "RemoteReranker": "client.remote",
     "Reranker": "reranker",
-    "Scorer": "results",
-    "TEMPLATES": "prompt",
+    "Scorer": "call.results",
+    "TEMPLATES": "text.prompt",
     "TimedOutError": "errors",
-    "Usage": "results",
+    "Usage": "call.results",
 }
 
 __all__ = [

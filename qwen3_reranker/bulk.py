@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from . import inputs
+from .call import arguments
 from .errors import DocumentTooLargeError, InputError, NonFiniteScoreError, named
-from .jobs import rows_by
+from .call.job import rows_by
 from .reranker import Reranker
 
 NEEDED = ("query", "document")
@@ -118,8 +118,8 @@ def _group(
             f"the columns of a batch must have one length, got {lengths}. A row is one of each; "
             "pass columns of one table."
         )
-    pairs = inputs.pairs(zip(columns["query"], columns["document"], strict=True))
-    instructions = inputs.instructions(columns.get(INSTRUCTION), len(pairs))
+    pairs = arguments.pairs(zip(columns["query"], columns["document"], strict=True))
+    instructions = arguments.instructions(columns.get(INSTRUCTION), len(pairs))
     rows = rows_by(zip(instructions, (query for query, _ in pairs), strict=True))
     documents = [[pairs[row][1] for row in group] for group in rows.values()]
     return list(rows), documents, list(rows.values())
@@ -131,7 +131,7 @@ def _column(batch: Mapping[str, Sequence[Any]], name: str) -> list[Any]:
             f"column {name} must be a list of strings, got {type(batch[name]).__name__}. Pass a "
             "list or an array, which can be read twice."
         )
-    return inputs.sequence(batch[name], f"column {name}", "strings")
+    return arguments.sequence(batch[name], f"column {name}", "strings")
 
 
 def _name_rows(message: str, positions: Sequence[Sequence[int]]) -> str:

@@ -14,24 +14,24 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
-from . import inputs
-from .calibration import UNCALIBRATED, Calibration, calibration_of
-from .embedded import EMBEDDED
-from .engine import Engine, PackRecord
+from .call import arguments
+from .call.calibration import UNCALIBRATED, Calibration, calibration_of
+from .checkpoint.embedded import EMBEDDED
+from .engine.engine import Engine, PackRecord
 from .errors import ClosedError, InputError
-from .jobs import EncodedJob, Job, Limits, Scored, align, encode_steps
-from .prompt import PromptTemplate
-from .request import Scores
-from .results import Usage
+from .call.job import EncodedJob, Job, Limits, Scored, align, encode_steps
+from .text.prompt import PromptTemplate
+from .engine.request import Scores
+from .call.results import Usage
 from .runtime import Runtime
-from .verbs import BaseReranker, off_loop
-from .waiting import await_scores, await_until, wait, wait_until
-from .windows import WindowScore
+from .call.verbs import BaseReranker, off_loop
+from .call.waiting import await_scores, await_until, wait, wait_until
+from .text.windows import WindowScore
 
 if TYPE_CHECKING:
     import torch
 
-    from .loading import LoadedModel
+    from .model.loading import LoadedModel
 
 DEFAULT_MAX_LENGTH = 8192
 
@@ -105,12 +105,12 @@ class Reranker(BaseReranker):
         calibration: str | os.PathLike[str] | Calibration | None = None,
         exact: bool = False,
     ) -> None:
-        self._model = inputs.path("model", model)
+        self._model = arguments.path("model", model)
         super().__init__(instruction=instruction, timeout_s=None)
         self._limits = Limits(
-            inputs.positive_int("max_length", max_length),
-            inputs.window_score(window_score),
-            None if max_windows is None else inputs.positive_int("max_windows", max_windows),
+            arguments.positive_int("max_length", max_length),
+            arguments.window_score(window_score),
+            None if max_windows is None else arguments.positive_int("max_windows", max_windows),
         )
         if max_windows is not None and window_score is None:
             raise InputError(
@@ -118,22 +118,22 @@ class Reranker(BaseReranker):
                 "windows. Pass window_score='max' or 'mean', too."
             )
         if max_batch_tokens is not None:
-            inputs.positive_int("max_batch_tokens", max_batch_tokens)
+            arguments.positive_int("max_batch_tokens", max_batch_tokens)
         if max_cached_scores != 0:
-            inputs.positive_int("max_cached_scores", max_cached_scores)
+            arguments.positive_int("max_cached_scores", max_cached_scores)
         self._calibration = calibration_of(calibration) or UNCALIBRATED
         self._usage = Usage()
         self._usage_lock = threading.Lock()
         self._runtime: Runtime | None = Runtime(
             model=self._model,
-            dtype=inputs.dtype(dtype),
-            device=inputs.device(device),
-            template=inputs.template(template),
-            adapter=None if adapter is None else inputs.path("adapter", adapter),
-            revision=inputs.name_or_none("revision", revision),
+            dtype=arguments.dtype(dtype),
+            device=arguments.device(device),
+            template=arguments.template(template),
+            adapter=None if adapter is None else arguments.path("adapter", adapter),
+            revision=arguments.name_or_none("revision", revision),
             max_batch_tokens=max_batch_tokens,
             max_cached_scores=max_cached_scores,
-            exact=inputs.flag("exact", exact),
+            exact=arguments.flag("exact", exact),
         )
 
     @classmethod

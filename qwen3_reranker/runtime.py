@@ -9,12 +9,12 @@ import threading
 import weakref
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .engine import Engine
-from .owners import claim_process, refuse_fork
-from .prompt import PromptTemplate
+from .engine.engine import Engine
+from .engine.threads import claim_process, refuse_fork
+from .text.prompt import PromptTemplate
 
 if TYPE_CHECKING:
-    from .loading import LoadedModel
+    from .model.loading import LoadedModel
 
 Setting = str | int | PromptTemplate | None
 
@@ -55,7 +55,7 @@ class Runtime:
         with self._lock:
             if self._loaded is None:
                 claim_process()
-                from .loading import load_model  # imports torch and transformers
+                from .model.loading import load_model  # imports torch and transformers
 
                 settings: dict[str, Any] = dict(self.settings)
                 max_cached_scores = settings.pop("max_cached_scores", 0)

@@ -20,10 +20,10 @@ from huggingface_hub import snapshot_download
 from vllm import LLM, PoolingParams
 
 from qwen3_reranker.errors import ClosedError
-from qwen3_reranker.jobs import Job, Limits, Scored, align, encode_job
-from qwen3_reranker.tokenization import PromptTokenizer
-from qwen3_reranker.verbs import BaseReranker
-from qwen3_reranker.vllm_command import vllm_settings
+from qwen3_reranker.call.job import Job, Limits, Scored, align, encode_job
+from qwen3_reranker.text.tokenizer import PromptTokenizer
+from qwen3_reranker.call.verbs import BaseReranker
+from qwen3_reranker.cli.vllm_command import vllm_settings
 
 DOCUMENTS = [
     "Beijing is the capital of China.",

@@ -15,7 +15,7 @@ from pathlib import Path
 from finetune.cli import main as finetune
 from finetune.data import read_training_file
 from qwen3_reranker import Reranker
-from qwen3_reranker.results import in_order
+from qwen3_reranker.call.results import in_order
 
 SUPPORT = Path(__file__).parent / "support"
 names = [*sys.argv[1:5], *[None] * 4][:4]

@@ -21,7 +21,7 @@ from sentence_transformers import SentenceTransformer
 import langchain_qwen3_reranker as langchain
 import llama_index.postprocessor.qwen3_reranker as llama_index
 from qwen3_reranker import Reranker
-from qwen3_reranker.corpus import read_corpus
+from qwen3_reranker.data.demo_corpus import read_corpus
 
 TASK = "Given a question, retrieve passages that answer it"  # one sentence for both stages
 QUERY = "How does bread rise, and why does it go stale?"

@@ -15,7 +15,7 @@ from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 
 import langchain_qwen3_reranker as langchain
 import llama_index.postprocessor.qwen3_reranker as llama_index
-from qwen3_reranker.corpus import read_corpus
+from qwen3_reranker.data.demo_corpus import read_corpus
 
 QUERY = "How does bread rise, and why does it go stale?"
 PASSAGES = [passage.text for passage in read_corpus()[0]]

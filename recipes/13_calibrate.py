@@ -14,7 +14,7 @@ from pathlib import Path
 
 from finetune.cli import main as finetune
 from qwen3_reranker import Reranker
-from qwen3_reranker.collection import read_candidates
+from qwen3_reranker.data.trec import read_candidates
 
 SUPPORT = Path(__file__).parent / "support"
 model = sys.argv[1] if len(sys.argv) > 1 else "embedded"

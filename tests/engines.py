@@ -8,9 +8,9 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen3_reranker.packing import Pack
-from qwen3_reranker.request import ScoresFuture
-from qwen3_reranker.tokenization import EncodedGroup
+from qwen3_reranker.engine.packing import Pack
+from qwen3_reranker.engine.request import ScoresFuture
+from qwen3_reranker.text.tokenizer import EncodedGroup
 
 Score = Callable[[Pack], NDArray[np.float32]]
 TIMEOUT_S = 10

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from qwen3_reranker.engine import Engine
-from qwen3_reranker.packing import Budget, Pack
+from qwen3_reranker.engine.engine import Engine
+from qwen3_reranker.engine.packing import Budget, Pack
 from qwen3_reranker.runtime import Runtime
-from qwen3_reranker.tokenization import PromptTokenizer
+from qwen3_reranker.text.tokenizer import PromptTokenizer
 from tests import real_parts
 
 QUERY = "red apple"
@@ -99,7 +99,7 @@ def leaking(query: Any, key: Any, value: Any, span: Any, outside: Any, scaling: 
     """Attend so that documents see their neighbours: an attention backend that must be noticed."""
     import torch
 
-    from qwen3_reranker.causal import attend_tail
+    from qwen3_reranker.model.attention_cpu import attend_tail
 
     row = slice(span.head.start, span.documents[-1].stop)
     query, key, value = (tensor[:, :, row] for tensor in (query, key, value))
@@ -110,9 +110,9 @@ def leaking(query: Any, key: Any, value: Any, span: Any, outside: Any, scaling: 
 
 def replace_load_model(monkeypatch: pytest.MonkeyPatch, load: Callable[..., Any]) -> None:
     """Make the real `Runtime.load` call this function; torch is not imported then."""
-    module = ModuleType("qwen3_reranker.loading")
+    module = ModuleType("qwen3_reranker.model.loading")
     module.load_model = load  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "qwen3_reranker.loading", module)
+    monkeypatch.setitem(sys.modules, "qwen3_reranker.model.loading", module)
 
 
 def forbid_loading(monkeypatch: pytest.MonkeyPatch) -> None:

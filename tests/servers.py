@@ -18,7 +18,7 @@ from pathlib import Path
 
 import httpx
 
-from qwen3_reranker.vllm_command import vllm_command
+from qwen3_reranker.cli.vllm_command import vllm_command
 
 ROOT = Path(__file__).parents[1]
 COMPAT_PYTHON = Path(os.environ.get("COMPAT_PYTHON", ROOT / ".venv/compat/bin/python"))

@@ -16,8 +16,9 @@ from langchain_core.runnables import RunnableConfig, RunnableLambda
 from pydantic import BeforeValidator, ConfigDict, PrivateAttr, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
-from qwen3_reranker import Calibration, InputError, RankedDocument, Scorer, inputs
-from qwen3_reranker.integration import (
+from qwen3_reranker import Calibration, InputError, RankedDocument, Scorer
+from qwen3_reranker.call import arguments
+from qwen3_reranker.framework_settings import (
     PASSAGE,
     SPAN,
     as_calibration,
@@ -27,8 +28,8 @@ from qwen3_reranker.integration import (
     rank_options,
     scorer_of,
 )
-from qwen3_reranker.results import verify_ranking
-from qwen3_reranker.windows import WindowScore
+from qwen3_reranker.call.results import verify_ranking
+from qwen3_reranker.text.windows import WindowScore
 
 Name = Annotated[str, BeforeValidator(as_name)]
 
@@ -125,12 +126,12 @@ class Qwen3Reranker(BaseDocumentCompressor):
         """
         if not isinstance(documents, str):
             documents = [d.page_content if isinstance(d, Document) else d for d in documents]
-        texts = inputs.documents(documents)
+        texts = arguments.documents(documents)
         options = rank_options(self)
         if instruction is not None:
             options["instruction"] = instruction
         if not isinstance(top_n, EllipsisType):
-            inputs.cut(top_n, None)
+            arguments.cut(top_n, None)
             options["top_n"] = top_n
         ranking = scorer_of(self).rank(query, texts, **options)
         verify_ranking(ranking, len(texts), options["top_n"], self.score_threshold)

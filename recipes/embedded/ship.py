@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwen3_reranker.embedded import ADAPTER
+from qwen3_reranker.checkpoint.embedded import ADAPTER
 
 first, second = map(Path, sys.argv[1:])
 weights = load_file(second / "adapter_model.safetensors")

@@ -16,16 +16,16 @@ import torch
 import transformers
 
 from qwen3_reranker import ModelLoadError, Reranker
-from qwen3_reranker.adapters import (
+from qwen3_reranker.checkpoint.adapters import (
     _match_soon,
     _refuse_adapter,
     recorded_base,
     recorded_template,
     refuse_other_base,
 )
-from qwen3_reranker.checkpoint import open_checkpoint
-from qwen3_reranker.embedded import find_gguf
-from qwen3_reranker.loading import load_model
+from qwen3_reranker.checkpoint.files import open_checkpoint
+from qwen3_reranker.checkpoint.embedded import find_gguf
+from qwen3_reranker.model.loading import load_model
 from tests.attacks.limits import bounded
 
 pytestmark = pytest.mark.attack

@@ -20,13 +20,8 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qwen3_reranker import (
-    Qwen3RerankerError,
-    RemoteProtocolError,
-    RemoteReranker,
-    TimedOutError,
-    transport,
-)
+from qwen3_reranker import Qwen3RerankerError, RemoteProtocolError, RemoteReranker, TimedOutError
+from qwen3_reranker.client import http
 from tests.attacks.interrupts import interrupt_at_random, interrupted
 from tests.attacks.limits import bounded
 from tests.attacks.raw_server import RawServer, answer_well, ranking, raw_server, reply
@@ -46,7 +41,7 @@ def servers() -> Iterator[RawServer]:
 @pytest.fixture
 def server(servers: RawServer, monkeypatch: pytest.MonkeyPatch) -> RawServer:
     monkeypatch.delenv("QWEN3_RERANKER_API_KEY", raising=False)
-    monkeypatch.setattr(transport.random, "uniform", lambda low, high: high / 50)
+    monkeypatch.setattr(http.random, "uniform", lambda low, high: high / 50)
     servers.answer = answer_well
     return servers
 
@@ -386,7 +381,7 @@ WIRE = st.one_of(
 def test_any_reply_is_scores_or_an_error_of_ours(
     server: RawServer, tried: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transport, "_ATTEMPTS", 1)
+    monkeypatch.setattr(http, "_ATTEMPTS", 1)
     replies, messages = 0, set[str]()
     reranker = RemoteReranker(server.url, timeout_s=5)
     reranker.score(QUERY, DOCUMENTS)

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qwen3_reranker import InputError
-from qwen3_reranker.steps import finish
+from qwen3_reranker.text.steps import finish
 from tests.attacks.limits import bounded
 from tests.fakes import qwen3_tokenizer
 

@@ -35,7 +35,7 @@ TELLING = (
     "import sys; from qwen3_reranker import metrics; tell = metrics.Metrics.record_forward; "
     "metrics.Metrics.record_forward = lambda self, record: (tell(self, record), "
     "print('pack', record.run_s, record.tokens, flush=True)); "
-    "from qwen3_reranker.cli import main; sys.exit(main())"
+    "from qwen3_reranker.cli.main import main; sys.exit(main())"
 )
 
 Rank = Callable[[str, list[str]], Awaitable[Any]]

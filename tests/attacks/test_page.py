@@ -25,7 +25,9 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
-from qwen3_reranker import Reranker, page_guard, ui
+from qwen3_reranker import Reranker
+from qwen3_reranker.ui import guard
+from qwen3_reranker.ui import app as ui
 from tests import fakes
 from tests.attacks.limits import bounded
 
@@ -343,7 +345,7 @@ def test_what_the_page_does_not_send_is_refused(
 
 @pytest.mark.parametrize("opening", [b"[", b'{"data":', b"[{}"])
 def test_deep_and_wide_bodies_end_soon(client: httpx.Client, opening: bytes) -> None:
-    body = opening * (page_guard.BODY_BYTES // len(opening) - 1)
+    body = opening * (guard.BODY_BYTES // len(opening) - 1)
     with bounded(seconds=20, megabytes=1000):
         assert client.post(JOIN, content=body).status_code == 422
     wide = b'{"data":[' + b"{}," * 2_500_000 + b"{}]}"

@@ -25,18 +25,18 @@ from finetune.config import SHOWN, read_yaml
 from finetune.data import read_training_file
 from finetune.reading import paraphrases
 from qwen3_reranker import TEMPLATES, Calibration
-from qwen3_reranker.adapters import (
+from qwen3_reranker.checkpoint.adapters import (
     _refuse_adapter,
     recorded_base,
     recorded_template,
     refuse_other_base,
 )
-from qwen3_reranker.candidates import ndcg_at_10, read_candidate_rows
-from qwen3_reranker.checkpoint import open_checkpoint, read_tokenizer
-from qwen3_reranker.collection import read_run
-from qwen3_reranker.documents import read_documents
+from qwen3_reranker.data.candidates import ndcg_at_10, read_candidate_rows
+from qwen3_reranker.checkpoint.files import open_checkpoint, read_tokenizer
+from qwen3_reranker.data.trec import read_run
+from qwen3_reranker.data.documents import read_documents
 from qwen3_reranker.errors import Qwen3RerankerError
-from qwen3_reranker.tokenization import PromptTokenizer
+from qwen3_reranker.text.tokenizer import PromptTokenizer
 from tests.attacks.limits import bounded
 
 pytestmark = pytest.mark.attack

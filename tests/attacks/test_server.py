@@ -28,7 +28,7 @@ def served(checkpoint: Callable[..., Path]) -> Iterator[Server]:
     """Return a server that may open few files."""
     limited = (
         f"import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, ({NUM_FILES},) * 2); "
-        "from qwen3_reranker.cli import main; sys.exit(main())"
+        "from qwen3_reranker.cli.main import main; sys.exit(main())"
     )
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 2 * NUM_FILES
     command = (sys.executable, "-c", limited)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from qwen3_reranker import Calibration, DataError, InputError, Reranker
 from qwen3_reranker.bulk import score_columns
-from qwen3_reranker.documents import read_documents
+from qwen3_reranker.data.documents import read_documents
 from tests import fakes
 from tests.attacks.limits import bounded
 from tests.fakes import FRUIT, QUERY, head_ids

@@ -10,7 +10,7 @@ import json
 import sys
 from typing import Any
 
-from qwen3_reranker.vllm_command import vllm_settings
+from qwen3_reranker.cli.vllm_command import vllm_settings
 
 
 def main(recipe: str, model: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qwen3_reranker import Reranker
-from qwen3_reranker.attention import check_varlen
+from qwen3_reranker.model.attention import check_varlen
 from tests import real_parts, texts
 from tests.invariants import check_ranking
 

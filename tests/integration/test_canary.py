@@ -33,10 +33,10 @@ from qwen3_reranker import (
     Reranker,
     TimedOutError,
 )
-from qwen3_reranker.cli import main
-from qwen3_reranker.engine import Engine
-from qwen3_reranker.jobs import Job
-from qwen3_reranker.packing import Pack
+from qwen3_reranker.cli.main import main
+from qwen3_reranker.engine.engine import Engine
+from qwen3_reranker.call.job import Job
+from qwen3_reranker.engine.packing import Pack
 from tests import fakes
 
 CANARY = "".join(reversed("vxqz yranac vxqz"))  # so that no line of source in a traceback has it
@@ -197,7 +197,7 @@ def test_faults_of_the_model_quote_no_text(network: Faulty, engine: Engine) -> N
 
 
 def _load_nothing() -> None:
-    from qwen3_reranker.loading import load_model
+    from qwen3_reranker.model.loading import load_model
 
     load_model("/not/there", device="cpu")
 

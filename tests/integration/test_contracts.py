@@ -21,9 +21,10 @@ from tokenizers import Tokenizer
 
 from langchain_qwen3_reranker import Qwen3Reranker as LangChainReranker
 from llama_index.postprocessor.qwen3_reranker import Qwen3Reranker as LlamaIndexReranker
-from qwen3_reranker import RankedDocument, RemoteError, transport
-from qwen3_reranker.packing import Pack
-from qwen3_reranker.results import cut_ranking
+from qwen3_reranker import RankedDocument, RemoteError
+from qwen3_reranker.client import http
+from qwen3_reranker.engine.packing import Pack
+from qwen3_reranker.call.results import cut_ranking
 from tests import real_parts
 from tests.contract_compressor import CompressorContract
 from tests.contract_model import Model
@@ -180,8 +181,8 @@ class OnAServer:
 
     @pytest.fixture(autouse=True)
     def _use(self, server: FaultServer, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(transport.random, "uniform", lambda low, high: 0.0)
-        monkeypatch.setattr(transport, "_ATTEMPTS", 1)
+        monkeypatch.setattr(http.random, "uniform", lambda low, high: 0.0)
+        monkeypatch.setattr(http, "_ATTEMPTS", 1)
         self.server = server
 
     def remote(self, model: Model) -> str:

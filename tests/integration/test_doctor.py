@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from qwen3_reranker.cli import main
+from qwen3_reranker.cli.main import main
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_doctor_sees_a_wrong_head(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from qwen3_reranker import loading
+    from qwen3_reranker.model import loading
 
     def embedding_row(full: Any, tokenizer: Any) -> torch.Tensor:
         weight = full.get_input_embeddings().weight  # wrong where the head is not tied

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen3_reranker import NonFiniteScoreError, Reranker, loading
-from qwen3_reranker.model import YesNoCrossEncoder
+from qwen3_reranker import NonFiniteScoreError, Reranker
+from qwen3_reranker.model import loading
+from qwen3_reranker.model.network import YesNoCrossEncoder
 from tests import texts
 
 POOL = [document for _, document in texts.ordinary_pairs(60)]

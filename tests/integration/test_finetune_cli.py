@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 from finetune.cli import main, parse_training, training_parser
 from finetune.config import SHOWN
 from qwen3_reranker import InputError, ModelLoadError, Reranker
-from qwen3_reranker.cli import main as rerank
+from qwen3_reranker.cli.main import main as rerank
 from tests import texts
 
 CHECKPOINTING = (

@@ -36,9 +36,9 @@ from qwen3_reranker import (
     Reranker,
     Scorer,
 )
-from qwen3_reranker.corpus import read_corpus
-from qwen3_reranker.demo import LangChainEmbedding, LlamaIndexEmbedding
-from qwen3_reranker.integration import scorer_of
+from qwen3_reranker.data.demo_corpus import read_corpus
+from qwen3_reranker.cli.demo import LangChainEmbedding, LlamaIndexEmbedding
+from qwen3_reranker.framework_settings import scorer_of
 from tests.fakes import FakeModel, forbid_loading, loaded, replace_load_model
 
 PASSAGES, _ = read_corpus()

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from qwen3_reranker import Reranker
-from qwen3_reranker.results import in_order
+from qwen3_reranker.call.results import in_order
 
 MODEL = os.environ.get("QWEN3_RERANKER_0_6B")
 needs_weights = pytest.mark.skipif(

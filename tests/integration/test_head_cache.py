@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from qwen3_reranker import Reranker
-from qwen3_reranker.loading import load_model
-from qwen3_reranker.packing import Budget, build_pack, merge_duplicates, plan_packs
-from qwen3_reranker.results import in_order
+from qwen3_reranker.model.loading import load_model
+from qwen3_reranker.engine.packing import Budget, build_pack, merge_duplicates, plan_packs
+from qwen3_reranker.call.results import in_order
 from tests import texts
 from tests.official import Official
 
@@ -87,7 +87,8 @@ def test_layouts_score_alike(checkpoint: Callable[..., Path], backend: str, is_l
 def test_self_test_refuses_a_beginning_that_is_off(
     checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qwen3_reranker import ModelLoadError, model
+    from qwen3_reranker import ModelLoadError
+    from qwen3_reranker.model import network as model
 
     real = model.YesNoCrossEncoder._key_values
     monkeypatch.setattr(

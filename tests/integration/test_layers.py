@@ -12,10 +12,15 @@ import pytest
 import torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from qwen3_reranker import Reranker, attention, causal, layers, loading, model
-from qwen3_reranker.loading import load_model
-from qwen3_reranker.packing import Group, Seat, build_pack
-from qwen3_reranker.prepacked import PrepackedLinear
+from qwen3_reranker import Reranker
+from qwen3_reranker.model import attention
+from qwen3_reranker.model import attention_cpu
+from qwen3_reranker.model import layers
+from qwen3_reranker.model import loading
+from qwen3_reranker.model import network as model
+from qwen3_reranker.model.loading import load_model
+from qwen3_reranker.engine.packing import Group, Seat, build_pack
+from qwen3_reranker.model.prepacked import PrepackedLinear
 from tests.real_parts import skip_unless_packed
 
 TOLERANCES = {
@@ -54,7 +59,7 @@ def test_strips_and_sizes_change_no_score(
     # Strips of all tokens, and of one.
     for numbers, step in ((2**30, 1), (1, 1), (1000, 32), (2**17, 64)):
         monkeypatch.setattr(layers, "_STRIP", numbers)
-        for module in (causal, model):
+        for module in (attention_cpu, model):
             monkeypatch.setattr(module, "size_step", lambda *_, step=step: step)
         # Several packs, so that the query's head is computed by itself.
         with Reranker(str(checkpoint(family=family)), device="cpu", max_batch_tokens=300) as each:
@@ -82,8 +87,8 @@ def test_attention_in_blocks_changes_no_score(
 ) -> None:
     scores = {}
     for pays in (True, False):
-        monkeypatch.setattr(causal, "_FEWEST_PRODUCTS", 0)
-        for module in (attention, causal):
+        monkeypatch.setattr(attention_cpu, "_FEWEST_PRODUCTS", 0)
+        for module in (attention, attention_cpu):
             monkeypatch.setattr(module, "blocks_pay", lambda dtype, sizes, pays=pays: pays)
         with Reranker(str(checkpoint(dtype=dtype)), device="cpu", dtype=dtype) as reranker:
             assert ("in blocks" in reranker.loaded.choices["attention"]) is pays

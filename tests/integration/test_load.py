@@ -24,9 +24,9 @@ from qwen3_reranker import (
     RankedDocument,
     Reranker,
 )
-from qwen3_reranker.engine import Engine
-from qwen3_reranker.loading import load_model
-from qwen3_reranker.packing import Budget, Pack
+from qwen3_reranker.engine.engine import Engine
+from qwen3_reranker.model.loading import load_model
+from qwen3_reranker.engine.packing import Budget, Pack
 from tests import fakes, texts
 from tests.invariants import check_ranking
 

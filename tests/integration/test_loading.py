@@ -17,11 +17,11 @@ import transformers
 
 from finetune.whole import load_whole
 from qwen3_reranker import InputError, ModelLoadError, NonFiniteScoreError, Reranker
-from qwen3_reranker.adapters import ADAPTER_RECORD, fingerprint
-from qwen3_reranker.embedded import find_gguf
-from qwen3_reranker.loading import load_model
-from qwen3_reranker.prompt import TEMPLATES
-from qwen3_reranker.results import in_order
+from qwen3_reranker.checkpoint.adapters import ADAPTER_RECORD, fingerprint
+from qwen3_reranker.checkpoint.embedded import find_gguf
+from qwen3_reranker.model.loading import load_model
+from qwen3_reranker.text.prompt import TEMPLATES
+from qwen3_reranker.call.results import in_order
 from tests import official
 from tests.fakes import leaking
 from tests.invariants import check_ranking
@@ -59,8 +59,8 @@ def test_gguf_file_scores_like_its_converted_folder(smollm2: Path) -> None:
 def test_gguf_tokenizer_of_qwen_composes_text_like_the_original(
     checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from qwen3_reranker.checkpoint import read_tokenizer
-    from qwen3_reranker.tokenization import PromptTokenizer
+    from qwen3_reranker.checkpoint.files import read_tokenizer
+    from qwen3_reranker.text.tokenizer import PromptTokenizer
 
     file = write_qwen3_gguf(checkpoint(), tmp_path / "tiny.gguf")
     ours = PromptTokenizer(read_tokenizer(tmp_path, file.name))
@@ -93,7 +93,7 @@ def write_qwen3_gguf(folder: Path, file: Path) -> Path:
 def test_gguf_tokenizer_that_lost_its_control_tokens_is_refused(
     checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qwen3_reranker.checkpoint import read_tokenizer
+    from qwen3_reranker.checkpoint.files import read_tokenizer
 
     class Rebuilt:  # what transformers 5.17 makes of a Qwen3 file
         def to_str(self) -> str:
@@ -130,9 +130,9 @@ def test_default_dtype_on_cpu_is_float32_unless_bfloat16_pays(
     checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = str(checkpoint(dtype="bfloat16"))
-    monkeypatch.setattr("qwen3_reranker.loading.bfloat16_pays", lambda: False)
+    monkeypatch.setattr("qwen3_reranker.model.loading.bfloat16_pays", lambda: False)
     assert load_model(folder, device="cpu").network.decoder.dtype is torch.float32
-    monkeypatch.setattr("qwen3_reranker.loading.bfloat16_pays", lambda: True)
+    monkeypatch.setattr("qwen3_reranker.model.loading.bfloat16_pays", lambda: True)
     assert load_model(folder, device="cpu").network.decoder.dtype is torch.bfloat16
     exact = load_model(str(checkpoint(dtype="float32")), device="cpu")
     assert exact.choices["dtype"] == "float32 (exact; bfloat16 is faster on this CPU)"
@@ -276,7 +276,7 @@ def test_hub_name_loads_from_the_cache(
 def test_self_test_refuses_a_decoder_that_does_not_pack(
     smollm2: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qwen3_reranker import attention
+    from qwen3_reranker.model import attention
 
     monkeypatch.setitem(attention.BACKENDS, "documents", leaking)
     with pytest.raises(ModelLoadError, match="packed scores differ from plain ones"):

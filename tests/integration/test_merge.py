@@ -19,7 +19,7 @@ from finetune.cli import main
 from finetune.merge import coefficients
 from finetune.whole import SAMPLE
 from qwen3_reranker import Reranker
-from qwen3_reranker.results import in_order
+from qwen3_reranker.call.results import in_order
 from tests.real_parts import save_random_adapter
 
 SHAPES = [{"tied": True}, {"tied": False}]

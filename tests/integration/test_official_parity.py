@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from qwen3_reranker import Reranker
-from qwen3_reranker.loading import load_model
-from qwen3_reranker.packing import Budget, Pack
+from qwen3_reranker.model.loading import load_model
+from qwen3_reranker.engine.packing import Budget, Pack
 from tests import real_parts, texts
 from tests.fakes import leaking
 from tests.invariants import check_ranking
@@ -169,7 +169,7 @@ def test_negative_control_positions_off_by_one_are_seen(
 def test_negative_control_a_document_seeing_its_neighbour_is_seen(
     tiny: Reranker, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import qwen3_reranker.attention as attention
+    import qwen3_reranker.model.attention as attention
 
     official = Official(checkpoint(), dtype=torch.float32)
     documents = [document for _, document in texts.ordinary_pairs(6)]
@@ -249,7 +249,7 @@ def test_negative_control_right_padding_depends_on_company(
 
 
 def test_both_backends_and_the_default_agree(checkpoint: Callable[..., Path]) -> None:
-    from qwen3_reranker.engine import Engine
+    from qwen3_reranker.engine.engine import Engine
 
     loaded = load_model(str(checkpoint()), dtype="float32")
     group = loaded.tokenizer.encode_group(

@@ -13,9 +13,10 @@ from bitsandbytes.functional import dequantize_4bit
 from torch.nn.functional import linear as multiply
 from transformers import PretrainedConfig
 
-from qwen3_reranker import MissingExtraError, Reranker, loading
-from qwen3_reranker.loading import load_model
-from qwen3_reranker.quantised import Int8Linear, Int8Weights, nf4_linear, weights_alone
+from qwen3_reranker import MissingExtraError, Reranker
+from qwen3_reranker.model import loading
+from qwen3_reranker.model.loading import load_model
+from qwen3_reranker.model.quantized import Int8Linear, Int8Weights, nf4_linear, weights_alone
 from tests.real_parts import save_random_adapter
 
 QUERY = "how long does dough rest"

@@ -21,9 +21,9 @@ import torch
 import transformers
 
 from qwen3_reranker import ModelLoadError
-from qwen3_reranker.adapters import ADAPTER_RECORD
-from qwen3_reranker.loading import load_model
-from qwen3_reranker.prompt import TEMPLATES
+from qwen3_reranker.checkpoint.adapters import ADAPTER_RECORD
+from qwen3_reranker.model.loading import load_model
+from qwen3_reranker.text.prompt import TEMPLATES
 
 Evil = Callable[[Path, Path], None]
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}

@@ -13,7 +13,7 @@ from finetune.cli import main
 from finetune.output import only_run
 from finetune.served import Served, saved_scores
 from qwen3_reranker import Reranker
-from qwen3_reranker.candidates import CandidateList
+from qwen3_reranker.data.candidates import CandidateList
 
 
 def test_two_comparisons_share_no_folder(

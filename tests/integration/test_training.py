@@ -19,7 +19,7 @@ from finetune.losses import GroupLoss, hybrid, listwise, pointwise
 from finetune.trainee import Base, Trainee, load_trainee
 from finetune.trainer import GroupTrainer
 from qwen3_reranker import DataError
-from qwen3_reranker.packing import Group, Seat, build_pack
+from qwen3_reranker.engine.packing import Group, Seat, build_pack
 from tests import texts
 
 CPU = torch.device("cpu")

@@ -18,9 +18,11 @@ from typing import Any
 import httpx
 import pytest
 
-from qwen3_reranker import RemoteReranker, Reranker, page, ui
-from qwen3_reranker.cli import main
-from qwen3_reranker.documents import split_documents
+from qwen3_reranker import RemoteReranker, Reranker
+from qwen3_reranker.ui import page
+from qwen3_reranker.ui import app
+from qwen3_reranker.cli.main import main
+from qwen3_reranker.data.documents import split_documents
 from tests import fakes
 from tests.servers import ROOT, Server, serving, web_page
 
@@ -41,7 +43,7 @@ def audit(event, arguments):
 
 sys.addaudithook(audit)
 socket.getaddrinfo("localhost", 80)  # shows that the hook works
-from qwen3_reranker.cli import main
+from qwen3_reranker.cli.main import main
 sys.exit(main())
 """
 
@@ -134,7 +136,7 @@ def test_failure_that_is_not_ours_is_named_alone(
         raise KeyError("secret text")
 
     monkeypatch.setattr(Reranker, "rank", fail)
-    html = ui.rerank(reranker, QUERY, "", "tea", None)
+    html = app.rerank(reranker, QUERY, "", "tea", None)
     assert "failed with KeyError" in html
     assert "failed with KeyError" in caplog.text
     assert "secret" not in html + caplog.text
@@ -149,7 +151,7 @@ def test_instruction_is_passed_on_unless_it_is_blank(reranker: Reranker) -> None
             return super().rank(*arguments, **options)
 
     for instruction in ("", " \n", "Find law "):
-        ui.rerank(Recording("fake"), QUERY, instruction, "tea", None)
+        app.rerank(Recording("fake"), QUERY, instruction, "tea", None)
     assert seen == [None, None, "Find law"]
 
 
@@ -178,7 +180,7 @@ def test_examples_suit_the_embedded_model() -> None:
     with Reranker.embedded() as reranker:
         for expected, example in zip(relevant, page.examples().values(), strict=True):
             query, instruction, documents = example
-            html = ui.rerank(reranker, query, instruction, documents, None)
+            html = app.rerank(reranker, query, instruction, documents, None)
             assert shown(html)[0].startswith(expected)
             assert sorted(shown(html)) == sorted(split_documents(documents))
 
@@ -219,8 +221,8 @@ def test_command_without_gradio_names_the_extra(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.delitem(sys.modules, "qwen3_reranker.ui")
-    monkeypatch.delattr("qwen3_reranker.ui")
+    monkeypatch.delitem(sys.modules, "qwen3_reranker.ui.app")
+    monkeypatch.delattr("qwen3_reranker.ui.app")
     assert main(["ui"]) == 2
     assert 'needs gradio, which is not installed. Run: pip install "qwen3-reranker[ui]"' in (
         capsys.readouterr().err
@@ -229,7 +231,7 @@ def test_command_without_gradio_names_the_extra(
 
 def test_command_passes_on_the_names_of_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
-    monkeypatch.setattr(ui, "serve", lambda *arguments, **options: seen.update(options))
+    monkeypatch.setattr(app, "serve", lambda *arguments, **options: seen.update(options))
     names = ["--allowed-host", "page.lan", "--allowed-host", "other.lan"]
     assert main(["ui", "--url", "http://127.0.0.1:1", *names]) == 0
     assert seen["allowed_hosts"] == ["page.lan", "other.lan"]

@@ -62,7 +62,7 @@ def test_wheel_holds_the_four_packages_and_nothing_else(wheel: Path) -> None:
     packages = {name.rsplit("/", 1)[0] for name in names}
     assert packages == {
         "qwen3_reranker",
-        "qwen3_reranker/embedded_adapter",
+        "qwen3_reranker/checkpoint/embedded_adapter",
         "finetune",
         "langchain_qwen3_reranker",
         "llama_index/postprocessor/qwen3_reranker",

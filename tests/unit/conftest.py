@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from qwen3_reranker import Reranker
-from qwen3_reranker.engine import Engine
-from qwen3_reranker.packing import Budget
-from qwen3_reranker.request import ScoresFuture
+from qwen3_reranker.engine.engine import Engine
+from qwen3_reranker.engine.packing import Budget
+from qwen3_reranker.engine.request import ScoresFuture
 from tests import fakes
 from tests.engines import TIMEOUT_S, Gate, Score, group
 

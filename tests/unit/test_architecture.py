@@ -86,7 +86,7 @@ def test_shelf_holds_packages_only() -> None:
     [
         "import qwen3_reranker",
         "import qwen3_reranker; qwen3_reranker.Reranker('some/model')",
-        "import qwen3_reranker.cli",
+        "import qwen3_reranker.cli.main",
         "import finetune.cli",
     ],
 )

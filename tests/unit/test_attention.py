@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from qwen3_reranker import varlen
-from qwen3_reranker.attention import check_varlen, packed_attention, prepare
-from qwen3_reranker.head_cache import KeyValues
-from qwen3_reranker.packing import Group, Pack, Seat, build_pack
+from qwen3_reranker.model import attention_cuda
+from qwen3_reranker.model.attention import check_varlen, packed_attention, prepare
+from qwen3_reranker.model.prefix_cache import KeyValues
+from qwen3_reranker.engine.packing import Group, Pack, Seat, build_pack
 
 HEADS, KEY_HEADS, SIZE = 4, 2, 16
 BACKENDS = ["documents", "padded", "varlen"]
@@ -71,7 +71,7 @@ def reference_varlen(
 
 @pytest.fixture(autouse=True)
 def _kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(varlen, "kernel", lambda: reference_varlen)
+    monkeypatch.setattr(attention_cuda, "kernel", lambda: reference_varlen)
 
 
 def attend(
@@ -166,7 +166,7 @@ def test_beginning_outside_the_row_changes_nothing(
 def test_heads_are_read_where_they_are_when_copies_would_be_many() -> None:
     pack = pack_of([(5, [3, 4]), (60, [2] * 30)], "varlen")
     query, key, value = tensors(pack)
-    plan = varlen.plan_sequences(pack, query.device)
+    plan = attention_cuda.plan_sequences(pack, query.device)
     assert plan.heads is not None
     assert len(plan.causal.keys_at) == len(pack.token_ids), "nothing is copied"
     expected = by_definition(pack, query, key, value)
@@ -185,7 +185,7 @@ def test_row_of_as_many_tokens_as_heads_is_like_any_other(lengths: list[int]) ->
     query, key, value = tensors(whole)
     groups = [Group(np.zeros(head, np.int32), [np.zeros(n, np.int32) for n in lengths])]
     pack = build_pack(groups, [Seat(0, (0, 1), head)], backend="varlen")
-    assert varlen.plan_sequences(pack, query.device).heads is not None, "read where it is"
+    assert attention_cuda.plan_sequences(pack, query.device).heads is not None, "read where it is"
     nothing = torch.empty(0)
     outside = [[(nothing, nothing), (key[:, :, :head], value[:, :, :head])]]
     row = [tensor[:, :, head:] for tensor in (query, key, value)]
@@ -211,20 +211,20 @@ def test_varlen_is_refused_where_its_kernel_is_off(monkeypatch: pytest.MonkeyPat
             query, key, value, cu_q, cu_k, *most, window_size=window_size, **kwargs
         )
 
-    monkeypatch.setattr(varlen, "kernel", lambda: top_left)
+    monkeypatch.setattr(attention_cuda, "kernel", lambda: top_left)
     assert "differs from padded attention" in check_varlen(cpu, torch.float32, sizes)
 
     def off_sum(*arguments: Any, return_aux: Any = None, **options: Any) -> Any:
         result = reference_varlen(*arguments, return_aux=return_aux, **options)
         return result if return_aux is None else (result[0], -result[1])
 
-    monkeypatch.setattr(varlen, "kernel", lambda: off_sum)
+    monkeypatch.setattr(attention_cuda, "kernel", lambda: off_sum)
     assert "differs from padded attention" in check_varlen(cpu, torch.float32, sizes)
 
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no kernel image")
 
-    monkeypatch.setattr(varlen, "kernel", lambda: broken)
+    monkeypatch.setattr(attention_cuda, "kernel", lambda: broken)
     assert check_varlen(cpu, torch.float32, sizes) == "RuntimeError in its check"
 
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from qwen3_reranker import DocumentTooLargeError, InputError, NonFiniteScoreError, Reranker
 from qwen3_reranker.bulk import BulkScorer
-from qwen3_reranker.packing import Pack
+from qwen3_reranker.engine.packing import Pack
 from tests import fakes
 
 BATCH: dict[str, list[Any]] = {

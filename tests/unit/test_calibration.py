@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen3_reranker import Calibration, InputError, ModelLoadError, Reranker
-from qwen3_reranker.cli import main
-from qwen3_reranker.results import probability
+from qwen3_reranker.cli.main import main
+from qwen3_reranker.call.results import probability
 from tests import fakes
 from tests.fakes import FRUIT, QUERY
 from tests.invariants import check_ranking
@@ -216,7 +216,7 @@ def test_hash_that_is_no_string_is_refused(name: str, value: Any) -> None:
 def test_file_too_long_or_of_no_name_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwen3_reranker.jsonl.MAX_LINE_BYTES", 100)
+    monkeypatch.setattr("qwen3_reranker.data.jsonl.MAX_LINE_BYTES", 100)
     with pytest.raises(InputError, match=r"cannot be used \(more than 100 bytes\). Pass a file"):
         Calibration.read(write(tmp_path, " " * 101))
     for name in ("x" * 5000, "null\0character"):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from qwen3_reranker import DataError
-from qwen3_reranker.candidates import CandidateList, ndcg_at_10, read_candidate_rows
+from qwen3_reranker.data.candidates import CandidateList, ndcg_at_10, read_candidate_rows
 
 
 def write(tmp_path: Path, *rows: dict[str, Any]) -> str:

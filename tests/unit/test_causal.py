@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from qwen3_reranker import causal
+from qwen3_reranker.model import attention_cpu
 
-WAYS = {"kernel": causal.tail_by_kernel, "blocks": causal.tail_in_blocks}
+WAYS = {"kernel": attention_cpu.tail_by_kernel, "blocks": attention_cpu.tail_in_blocks}
 LENGTHS = [(1, 0), (1, 9), (63, 0), (64, 75), (65, 75), (130, 1), (300, 700), (700, 30)]
 """Queries, and keys before them: of whole blocks, of a token more, past the maskless limit."""
 
@@ -54,7 +54,7 @@ def test_both_ways_equal_the_definition(
     heads: tuple[int, int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(causal, "size_step", lambda device, dtype: step)
+    monkeypatch.setattr(attention_cpu, "size_step", lambda device, dtype: step)
     inputs = draw(length, before, heads=heads)
     kept = [tensor.clone() for tensor in inputs]
     output = WAYS[way](*inputs, 0.25)
@@ -65,25 +65,25 @@ def test_both_ways_equal_the_definition(
 @pytest.mark.parametrize("most", [0, 500_000, 10**9])  # heads at once: one, four and two, all six
 def test_heads_that_take_turns_change_nothing(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = draw(200, 75, heads=(12, 6))
-    monkeypatch.setattr(causal, "_BLOCK_BYTES", most)
+    monkeypatch.setattr(attention_cpu, "_BLOCK_BYTES", most)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    output = causal.tail_in_blocks(*inputs, 0.25)
+    output = attention_cpu.tail_in_blocks(*inputs, 0.25)
     torch.testing.assert_close(output, by_definition(*inputs), atol=2e-6, rtol=1e-5)
 
 
 def test_the_kernel_sees_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """It may compile one more for each, and keep it for ever."""
-    sizes, real = set(), causal.sdpa
+    sizes, real = set(), attention_cpu.sdpa
 
     def record(query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         sizes.add((query.shape[2], key.shape[2]))
         return real(query, key, *args, **kwargs)
 
-    monkeypatch.setattr(causal, "sdpa", record)
-    monkeypatch.setattr(causal, "size_step", lambda device, dtype: 32)
+    monkeypatch.setattr(attention_cpu, "sdpa", record)
+    monkeypatch.setattr(attention_cpu, "size_step", lambda device, dtype: 32)
     for before in range(60, 124, 3):
         for length in (*range(1, 300, 7), 600, 601):
-            causal.tail_by_kernel(*draw(length, before), 0.25)
+            attention_cpu.tail_by_kernel(*draw(length, before), 0.25)
     assert {size % 32 for pair in sizes for size in pair} == {0}
     assert len(sizes) < 60  # of 990 pairs
 
@@ -92,22 +92,22 @@ def test_the_kernel_sees_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_masks_are_right_whatever_was_asked_before(
     most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    causal._cached_mask.cache_clear()
-    monkeypatch.setattr(causal, "_KEPT_MASK", most)
+    attention_cpu._cached_mask.cache_clear()
+    monkeypatch.setattr(attention_cpu, "_KEPT_MASK", most)
     for length, before in ((5, 75), (130, 75), (17, 90), (128, 65), (129, 128)):
         inputs = draw(length, before)
-        output = causal.tail_by_kernel(*inputs, 0.25)
+        output = attention_cpu.tail_by_kernel(*inputs, 0.25)
         torch.testing.assert_close(output, by_definition(*inputs), atol=2e-6, rtol=1e-5)
-    assert causal._cached_mask.cache_info().currsize == (4 if most else 0)  # 8 to 256 rows
+    assert attention_cpu._cached_mask.cache_info().currsize == (4 if most else 0)  # 8 to 256 rows
 
 
 def test_a_mask_that_serving_made_can_be_trained_with() -> None:
-    causal._cached_mask.cache_clear()
-    causal.tail_by_kernel(*draw(20, 5), 0.25)
+    attention_cpu._cached_mask.cache_clear()
+    attention_cpu.tail_by_kernel(*draw(20, 5), 0.25)
     with torch.inference_mode(False):
         inputs = [tensor.clone().requires_grad_() for tensor in draw(20, 5)]
-        causal.tail_by_kernel(*inputs, 0.25).sum().backward()
-    assert causal._cached_mask.cache_info().hits == 1
+        attention_cpu.tail_by_kernel(*inputs, 0.25).sum().backward()
+    assert attention_cpu._cached_mask.cache_info().hits == 1
     assert all(tensor.grad is not None and tensor.grad.any() for tensor in inputs)
 
 
@@ -146,10 +146,10 @@ def test_blocks_are_taken_for_serving_where_they_pay(
 ) -> None:
     taken = []
     for name in ("tail_by_kernel", "tail_in_blocks"):
-        monkeypatch.setattr(causal, name, lambda q, k, v, s, name=name: taken.append(name))
-    monkeypatch.setattr(causal, "blocks_pay", lambda dtype, sizes: pays)
+        monkeypatch.setattr(attention_cpu, name, lambda q, k, v, s, name=name: taken.append(name))
+    monkeypatch.setattr(attention_cpu, "blocks_pay", lambda dtype, sizes: pays)
     with torch.inference_mode(is_inference):
-        causal.attend_tail(*draw(length, 0), 0.25)
+        attention_cpu.attend_tail(*draw(length, 0), 0.25)
     assert taken[0].endswith(expected)
 
 
@@ -157,18 +157,18 @@ def test_blocks_are_taken_for_serving_where_they_pay(
 def test_blocks_pay_where_they_are_clearly_faster(
     blocks: float, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(causal, "least_seconds", lambda calls: [1.0, blocks])
-    assert causal.blocks_pay.__wrapped__(torch.bfloat16, (4, 2, 16)) is expected
+    monkeypatch.setattr(attention_cpu, "least_seconds", lambda calls: [1.0, blocks])
+    assert attention_cpu.blocks_pay.__wrapped__(torch.bfloat16, (4, 2, 16)) is expected
     for dtype in (torch.float32, torch.float16):
-        assert not causal.blocks_pay.__wrapped__(dtype, (4, 2, 16)), "it gains nothing"
+        assert not attention_cpu.blocks_pay.__wrapped__(dtype, (4, 2, 16)), "it gains nothing"
 
 
 @pytest.mark.parametrize("off", [0.1, math.nan])
 def test_blocks_that_compute_something_else_never_pay(
     off: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(causal, "least_seconds", lambda calls: [1.0, 0.1])
-    assert causal.blocks_pay.__wrapped__(torch.bfloat16, (4, 2, 16))
-    real = causal.tail_in_blocks
-    monkeypatch.setattr(causal, "tail_in_blocks", lambda *args: real(*args) + off)
-    assert not causal.blocks_pay.__wrapped__(torch.bfloat16, (4, 2, 16))
+    monkeypatch.setattr(attention_cpu, "least_seconds", lambda calls: [1.0, 0.1])
+    assert attention_cpu.blocks_pay.__wrapped__(torch.bfloat16, (4, 2, 16))
+    real = attention_cpu.tail_in_blocks
+    monkeypatch.setattr(attention_cpu, "tail_in_blocks", lambda *args: real(*args) + off)
+    assert not attention_cpu.blocks_pay.__wrapped__(torch.bfloat16, (4, 2, 16))

@@ -14,7 +14,7 @@ import pytest
 
 import qwen3_reranker
 from qwen3_reranker import ModelLoadError, Reranker
-from qwen3_reranker.cli import main
+from qwen3_reranker.cli.main import main
 from qwen3_reranker.runtime import Runtime
 from tests import fakes
 

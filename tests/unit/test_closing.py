@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from qwen3_reranker import ClosedError, owners
-from qwen3_reranker.engine import Engine
-from qwen3_reranker.packing import Budget, Pack
-from qwen3_reranker.request import ScoresFuture
+from qwen3_reranker import ClosedError
+from qwen3_reranker.engine import threads as owners
+from qwen3_reranker.engine.engine import Engine
+from qwen3_reranker.engine.packing import Budget, Pack
+from qwen3_reranker.engine.request import ScoresFuture
 from tests.engines import TIMEOUT_S, Gate, group, last_id, log_odds
 
 
@@ -167,9 +168,9 @@ def test_interrupt_while_the_exit_waits_ends_the_process(
 EXIT_WITH_QUEUED_WORK = """
 import sys, threading, time, types
 import numpy as np
-from qwen3_reranker.packing import Budget
+from qwen3_reranker.engine.packing import Budget
 from qwen3_reranker.runtime import Runtime
-from qwen3_reranker.tokenization import EncodedGroup
+from qwen3_reranker.text.tokenizer import EncodedGroup
 
 started = threading.Event()
 
@@ -184,7 +185,7 @@ class Network:
 model = types.SimpleNamespace(
     network=Network(), backend="fake", budget=Budget(100)
 )
-sys.modules["qwen3_reranker.loading"] = types.SimpleNamespace(load_model=lambda **settings: model)
+sys.modules["qwen3_reranker.model.loading"] = types.SimpleNamespace(load_model=lambda **settings: model)
 runtime = Runtime(model="model")
 _, engine = runtime.load()
 ids = np.array([1], np.int32)
@@ -208,9 +209,9 @@ def test_process_with_queued_work_exits() -> None:
 EXIT_BEFORE_WEIGHTS_ARE_FREED = """
 import time
 import numpy as np
-from qwen3_reranker.engine import Engine
-from qwen3_reranker.packing import Budget
-from qwen3_reranker.tokenization import EncodedGroup
+from qwen3_reranker.engine.engine import Engine
+from qwen3_reranker.engine.packing import Budget
+from qwen3_reranker.text.tokenizer import EncodedGroup
 
 class Weights:
     def score(self, pack):
@@ -236,9 +237,9 @@ def test_process_waits_for_an_owner_that_frees_the_weights() -> None:
 INTERRUPTED_AT_EXIT = """
 import os, signal, threading, time
 import numpy as np
-from qwen3_reranker.engine import Engine
-from qwen3_reranker.packing import Budget
-from qwen3_reranker.tokenization import EncodedGroup
+from qwen3_reranker.engine.engine import Engine
+from qwen3_reranker.engine.packing import Budget
+from qwen3_reranker.text.tokenizer import EncodedGroup
 
 # A shell's background job, whose children this may be, ignores interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)

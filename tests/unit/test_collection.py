@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from qwen3_reranker import DataError
-from qwen3_reranker.candidates import CandidateList
-from qwen3_reranker.collection import files_of, read_candidates, read_run
+from qwen3_reranker.data.candidates import CandidateList
+from qwen3_reranker.data.trec import files_of, read_candidates, read_run
 
 CORPUS = """\
 {"_id": "d1", "title": "Bread", "text": "rises by yeast.", "metadata": {}}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwen3_reranker import cpu
+from qwen3_reranker.model import cpu_trials
 
 
 @pytest.mark.parametrize(
@@ -22,4 +22,4 @@ def test_sizes_are_rounded_for_amx_alone(
     has: str, device: str, dtype: torch.dtype, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {has: True})
-    assert cpu.size_step.__wrapped__(torch.device(device), dtype) == expected
+    assert cpu_trials.size_step.__wrapped__(torch.device(device), dtype) == expected

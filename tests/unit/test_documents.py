@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qwen3_reranker import DataError
-from qwen3_reranker.documents import Document, read_documents, split_documents
+from qwen3_reranker.data.documents import Document, read_documents, split_documents
 
 
 @pytest.mark.parametrize(

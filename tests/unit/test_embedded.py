@@ -9,8 +9,9 @@ import pytest
 import yaml
 from safetensors import safe_open
 
-from qwen3_reranker import ModelLoadError, Reranker, embedded
-from qwen3_reranker.embedded import (
+from qwen3_reranker import ModelLoadError, Reranker
+from qwen3_reranker.checkpoint import embedded
+from qwen3_reranker.checkpoint.embedded import (
     ADAPTER,
     EMBEDDED,
     EMBEDDED_BASE,
@@ -145,16 +146,17 @@ class FakeModel:
 @pytest.fixture
 def convert(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Any:
     """Return a function that converts with a fake model."""
-    from qwen3_reranker import adapters, checkpoint
+    from qwen3_reranker.checkpoint import adapters
+    from qwen3_reranker.checkpoint import files
 
     def merge(full: FakeModel, adapter: Path) -> FakeModel:
         full.weights += f" + {adapter.name}"
         return full
 
     def run(full: FakeModel, model: str = EMBEDDED) -> Path:
-        monkeypatch.setattr(checkpoint, "read_config", lambda *_: None)
-        monkeypatch.setattr(checkpoint, "read_tokenizer", lambda *_: "{}")
-        monkeypatch.setattr(checkpoint, "read_weights", lambda *_, **__: full)
+        monkeypatch.setattr(files, "read_config", lambda *_: None)
+        monkeypatch.setattr(files, "read_tokenizer", lambda *_: "{}")
+        monkeypatch.setattr(files, "read_weights", lambda *_, **__: full)
         monkeypatch.setattr(adapters, "merge_adapter", merge)
         return embedded_folder(model)
 

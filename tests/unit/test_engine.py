@@ -17,11 +17,11 @@ from qwen3_reranker import (
     OverloadedError,
     ReentryError,
 )
-from qwen3_reranker.engine import Engine, PackRecord
-from qwen3_reranker.packing import Budget, Pack
-from qwen3_reranker.request import ScoresFuture
+from qwen3_reranker.engine.engine import Engine, PackRecord
+from qwen3_reranker.engine.packing import Budget, Pack
+from qwen3_reranker.engine.request import ScoresFuture
 from qwen3_reranker.runtime import Runtime
-from qwen3_reranker.steps import Steps
+from qwen3_reranker.text.steps import Steps
 from tests.engines import TIMEOUT_S, Gate, group, last_id, last_ids, log_odds
 
 

@@ -12,16 +12,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from qwen3_reranker import (
-    DocumentTooLargeError,
-    NonFiniteScoreError,
-    Qwen3RerankerError,
-    faults,
-    request,
-)
-from qwen3_reranker.engine import Engine
-from qwen3_reranker.packing import Budget, Pack
-from qwen3_reranker.tokenization import EncodedGroup
+from qwen3_reranker import DocumentTooLargeError, NonFiniteScoreError, Qwen3RerankerError
+from qwen3_reranker.engine import forwards
+from qwen3_reranker.engine import request
+from qwen3_reranker.engine.engine import Engine
+from qwen3_reranker.engine.packing import Budget, Pack
+from qwen3_reranker.text.tokenizer import EncodedGroup
 from tests.engines import TIMEOUT_S, Gate, group, last_id, last_ids, log_odds
 
 
@@ -271,7 +267,7 @@ def test_second_try_that_fails_names_the_documents(
 
 
 @pytest.mark.parametrize(
-    ("module", "name"), [(request, "merge_duplicates"), (faults, "build_pack")]
+    ("module", "name"), [(request, "merge_duplicates"), (forwards, "build_pack")]
 )
 def test_fault_outside_the_model_leaves_nobody_waiting(
     make: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str

@@ -14,7 +14,7 @@ from finetune.data import (
     check_leaks,
     describe,
 )
-from qwen3_reranker.candidates import CandidateList
+from qwen3_reranker.data.candidates import CandidateList
 from tests.training_files import OURS, write
 
 

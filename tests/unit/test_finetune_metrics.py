@@ -25,7 +25,7 @@ from finetune.metrics import (
     spread,
 )
 from qwen3_reranker import InputError
-from qwen3_reranker.candidates import CandidateList, ndcg_at_10
+from qwen3_reranker.data.candidates import CandidateList, ndcg_at_10
 
 ROOT = Path(__file__).parents[2]
 

@@ -19,7 +19,7 @@ from finetune.negatives import HIGH, LEFT_OUT, NEAR, Judge, Mining, candidates, 
 from finetune.output import only_run
 from finetune.retrieval import BM25, Corpus, query_prompt, read_corpus, search, unite, words
 from qwen3_reranker import DataError
-from qwen3_reranker.documents import Document
+from qwen3_reranker.data.documents import Document
 
 
 def corpus_of(*texts: str) -> Corpus:

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from qwen3_reranker.futures import LockFreeFuture
+from qwen3_reranker.call.futures import LockFreeFuture
 
 
 def test_result_is_had_by_who_waits_and_again() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen3_reranker.gguf_header import find_fault
+from qwen3_reranker.checkpoint.gguf_header import find_fault
 
 UINT32, FLOAT32, STRING, ARRAY, UINT64 = 4, 6, 8, 9, 10
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from qwen3_reranker.head_cache import HeadCache, KeyValues
-from qwen3_reranker.tokenization import TokenIds
+from qwen3_reranker.model.prefix_cache import HeadCache, KeyValues
+from qwen3_reranker.text.tokenizer import TokenIds
 
 
 def ids(*values: int) -> TokenIds:

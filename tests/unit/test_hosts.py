@@ -6,7 +6,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from qwen3_reranker.hosts import AllowedHosts, host_name
+from qwen3_reranker.web.hosts import AllowedHosts, host_name
 
 
 def _refuse(message: str) -> Response:

@@ -15,9 +15,9 @@ import pytest
 
 from finetune.data import read_training_file
 from qwen3_reranker import DataError
-from qwen3_reranker.collection import _read_named, read_candidates, read_run
-from qwen3_reranker.documents import read_documents
-from qwen3_reranker.jsonl import Row, parse_rows, read_json, read_lines, read_rows
+from qwen3_reranker.data.trec import _read_named, read_candidates, read_run
+from qwen3_reranker.data.documents import read_documents
+from qwen3_reranker.data.jsonl import Row, parse_rows, read_json, read_lines, read_rows
 
 
 def write(tmp_path: Path, content: str | bytes, name: str = "rows.jsonl") -> str:
@@ -313,7 +313,7 @@ def test_file_of_one_value_is_read_strictly(tmp_path: Path, content: bytes, mess
 def test_file_of_one_value_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path, b'\xef\xbb\xbf["a"]')
     assert read_json(path) == ["a"]
-    monkeypatch.setattr("qwen3_reranker.jsonl.MAX_LINE_BYTES", 7)
+    monkeypatch.setattr("qwen3_reranker.data.jsonl.MAX_LINE_BYTES", 7)
     with pytest.raises(ValueError, match="more than 7 bytes"):
         read_json(path)
     with pytest.raises(ValueError, match="FileNotFoundError"):

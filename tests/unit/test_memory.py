@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from qwen3_reranker import memory
+from qwen3_reranker.web import memory
 
 KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 

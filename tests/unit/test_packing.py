@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen3_reranker.packing import (
+from qwen3_reranker.engine.packing import (
     Budget,
     Group,
     Seat,
@@ -13,7 +13,7 @@ from qwen3_reranker.packing import (
     merge_duplicates,
     plan_packs,
 )
-from qwen3_reranker.tokenization import EncodedGroup, TokenIds
+from qwen3_reranker.text.tokenizer import EncodedGroup, TokenIds
 
 SHAPES = st.lists(
     st.tuples(st.integers(1, 60), st.lists(st.integers(1, 80), max_size=12)), max_size=6

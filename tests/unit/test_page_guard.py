@@ -11,8 +11,9 @@ from starlette.responses import JSONResponse
 from starlette.testclient import TestClient
 from starlette.types import Receive, Scope, Send
 
-from qwen3_reranker import listening, page_guard
-from qwen3_reranker.page_guard import BODY_BYTES, Click, PageGuard, Uploads, is_upload
+from qwen3_reranker.web import listening
+from qwen3_reranker.ui import guard
+from qwen3_reranker.ui.guard import BODY_BYTES, Click, PageGuard, Uploads, is_upload
 
 JOIN, RUN, UPLOAD = "/gradio_api/queue/join", "/gradio_api/run/predict", "/gradio_api/upload"
 
@@ -116,7 +117,7 @@ def test_bodies_have_a_limit(client: TestClient) -> None:
 
 
 def test_slow_body_is_answered_before_its_connection_ends() -> None:
-    assert listening._PATIENCE_S["body"] > page_guard._BODY_S
+    assert listening._PATIENCE_S["body"] > guard._BODY_S
 
 
 def test_upload_is_kept_under_a_name_that_is_no_path(client: TestClient, uploads: Uploads) -> None:

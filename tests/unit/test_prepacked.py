@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from qwen3_reranker import cpu, prepacked
-from qwen3_reranker.cpu import prepacking_pays
-from qwen3_reranker.prepacked import ERRORS, PrepackedLinear
+from qwen3_reranker.model import cpu_trials
+from qwen3_reranker.model import prepacked
+from qwen3_reranker.model.cpu_trials import prepacking_pays
+from qwen3_reranker.model.prepacked import ERRORS, PrepackedLinear
 from tests.real_parts import skip_unless_packed
 
 pays = prepacking_pays.__wrapped__
@@ -75,8 +76,8 @@ def test_torch_that_cannot_pack_is_left_alone(
     def fail(linear: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(cpu, "least_seconds", lambda calls: [1.0, 0.1])
-    monkeypatch.setattr(cpu, "prepacked", fail)
+    monkeypatch.setattr(cpu_trials, "least_seconds", lambda calls: [1.0, 0.1])
+    monkeypatch.setattr(cpu_trials, "prepacked", fail)
     assert not pays(torch.float32)
 
 
@@ -84,7 +85,7 @@ def test_torch_that_cannot_pack_is_left_alone(
 def test_packing_pays_where_it_is_clearly_faster(
     monkeypatch: pytest.MonkeyPatch, after: float, expected: bool
 ) -> None:
-    monkeypatch.setattr(cpu, "least_seconds", lambda calls: [1.0, after])
+    monkeypatch.setattr(cpu_trials, "least_seconds", lambda calls: [1.0, after])
     assert pays(torch.float32) is expected
     assert not pays(torch.float16), "of no dtype that is not packed"
 
@@ -99,6 +100,6 @@ def test_calls_are_timed_in_turn() -> None:
     def fast() -> None:
         calls.append("fast")
 
-    of_slow, of_fast = cpu.least_seconds([slow, fast])
+    of_slow, of_fast = cpu_trials.least_seconds([slow, fast])
     assert of_fast < of_slow
     assert calls == ["slow", "fast"] * 7

@@ -21,23 +21,12 @@ from typing import Any, ClassVar
 
 import pytest
 
-from qwen3_reranker import (
-    ClosedError,
-    InputError,
-    MissingExtraError,
-    OverloadedError,
-    Qwen3RerankerError,
-    RankedDocument,
-    RemoteError,
-    RemoteProtocolError,
-    RemoteReranker,
-    TimedOutError,
-    dialects,
-    transport,
-)
-from qwen3_reranker.dialects import read_scores
-from qwen3_reranker.prompt import QWEN3_RERANKER
-from qwen3_reranker.results import probability, verify_ranking
+from qwen3_reranker import ClosedError, InputError, MissingExtraError, OverloadedError, Qwen3RerankerError, RankedDocument, RemoteError, RemoteProtocolError, RemoteReranker, TimedOutError
+from qwen3_reranker.client import servers
+from qwen3_reranker.client import http
+from qwen3_reranker.client.servers import read_scores
+from qwen3_reranker.text.prompt import QWEN3_RERANKER
+from qwen3_reranker.call.results import probability, verify_ranking
 from tests.contract_model import Model, text
 from tests.fault_server import FaultServer, fault_server
 from tests.invariants import check_ranking
@@ -78,7 +67,7 @@ def server() -> Iterator[FaultServer]:
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("QWEN3_RERANKER_API_KEY", raising=False)
-    monkeypatch.setattr(transport.random, "uniform", lambda low, high: high / 50)
+    monkeypatch.setattr(http.random, "uniform", lambda low, high: high / 50)
 
 
 @pytest.fixture
@@ -316,7 +305,7 @@ class TestFaults:
     def test_count_of_tokens_that_is_none_is_as_good_as_none(
         self, server: FaultServer, tokens: object
     ) -> None:
-        assert dialects._prompt_tokens({"usage": {"prompt_tokens": tokens}}) is None
+        assert servers._prompt_tokens({"usage": {"prompt_tokens": tokens}}) is None
 
     def test_refusals_are_not_tried_again(
         self, reranker: RemoteReranker, server: FaultServer

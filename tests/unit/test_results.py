@@ -5,7 +5,7 @@ import math
 import pytest
 
 from qwen3_reranker import NonFiniteScoreError, RankedDocument, RankingError
-from qwen3_reranker.results import verify_ranking
+from qwen3_reranker.call.results import verify_ranking
 
 
 def ranking(*indices: int, score: float = 0.5) -> list[RankedDocument]:

@@ -7,8 +7,8 @@ import pytest
 from numpy.typing import NDArray
 
 from qwen3_reranker import NonFiniteScoreError
-from qwen3_reranker.engine import Engine
-from qwen3_reranker.packing import Budget, Pack
+from qwen3_reranker.engine.engine import Engine
+from qwen3_reranker.engine.packing import Budget, Pack
 from tests.engines import TIMEOUT_S, group, last_id, last_ids, log_odds
 
 

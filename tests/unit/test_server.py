@@ -16,23 +16,16 @@ import pytest
 from fastapi import FastAPI
 from numpy.typing import NDArray
 
-from qwen3_reranker import (
-    DocumentTooLargeError,
-    InputError,
-    ModelLoadError,
-    OverloadedError,
-    Reranker,
-    TimedOutError,
-    guard,
-)
-from qwen3_reranker.cli import main
-from qwen3_reranker.guard import Guard
-from qwen3_reranker.hosts import is_loopback
-from qwen3_reranker.listening import check_address
-from qwen3_reranker.metrics import Metrics
-from qwen3_reranker.packing import Pack
-from qwen3_reranker.protocol import ServerLimits
-from qwen3_reranker.server import Service, create_app, read_api_key
+from qwen3_reranker import DocumentTooLargeError, InputError, ModelLoadError, OverloadedError, Reranker, TimedOutError
+from qwen3_reranker.server import middleware as guard
+from qwen3_reranker.cli.main import main
+from qwen3_reranker.server.middleware import Guard
+from qwen3_reranker.web.hosts import is_loopback
+from qwen3_reranker.web.listening import check_address
+from qwen3_reranker.server.metrics import Metrics
+from qwen3_reranker.engine.packing import Pack
+from qwen3_reranker.server.schemas import ServerLimits
+from qwen3_reranker.server.app import Service, create_app, read_api_key
 from tests import fakes
 
 QUERY = "red apple"
@@ -687,7 +680,7 @@ def test_key_comes_from_the_file_or_the_environment(
 def test_serve_without_the_extra_names_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delitem(sys.modules, "qwen3_reranker.server", raising=False)
+    monkeypatch.delitem(sys.modules, "qwen3_reranker.server.app", raising=False)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["serve", "served"]) == 2
     assert 'pip install "qwen3-reranker[serve]"' in capsys.readouterr().err

@@ -12,13 +12,8 @@ from typing import Any
 
 import pytest
 
-from qwen3_reranker import (
-    ClosedError,
-    ModelLoadError,
-    RankedDocument,
-    Reranker,
-    owners,
-)
+from qwen3_reranker import ClosedError, ModelLoadError, RankedDocument, Reranker
+from qwen3_reranker.engine import threads as owners
 from tests import fakes
 from tests.fakes import FRUIT, QUERY, head_ids
 from tests.invariants import check_ranking

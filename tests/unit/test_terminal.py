@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from qwen3_reranker.terminal import fit
+from qwen3_reranker.cli.terminal import fit
 
 
 @pytest.mark.parametrize(

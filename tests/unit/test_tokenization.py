@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from qwen3_reranker import TEMPLATES, InputError, ModelLoadError
-from qwen3_reranker.steps import finish
-from qwen3_reranker.tokenization import EncodedGroup, PromptTokenizer, _common_length
+from qwen3_reranker.text.steps import finish
+from qwen3_reranker.text.tokenizer import EncodedGroup, PromptTokenizer, _common_length
 from tests import official, real_parts, texts
 
 QWEN3_JSON = real_parts.qwen3_tokenizer_file().read_text(encoding="utf-8")
@@ -75,7 +75,7 @@ def test_real_texts_equal_the_official_recipe(split: str) -> None:
     folder = real_parts.shared_data()
     if folder is None:
         pytest.skip("needs the reranking sets in ../shared/data")
-    from qwen3_reranker.collection import read_candidates
+    from qwen3_reranker.data.trec import read_candidates
 
     files = sorted(folder.glob(f"*.{split}.jsonl.xz"))
     assert files

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from finetune.whole import fill
-from qwen3_reranker import unfinished
-from qwen3_reranker.unfinished import remove_unfinished, written_whole
+from qwen3_reranker.checkpoint import unfinished
+from qwen3_reranker.checkpoint.unfinished import remove_unfinished, written_whole
 
 WRITER = """
 import sys, time
 from pathlib import Path
-from qwen3_reranker.unfinished import written_whole
+from qwen3_reranker.checkpoint.unfinished import written_whole
 
 with written_whole(Path(sys.argv[1])) as folder:
     (folder / "weights").write_text("half of th")

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen3_reranker import InputError, Reranker
-from qwen3_reranker.steps import finish
-from qwen3_reranker.windows import fold, split, window_steps
+from qwen3_reranker.text.steps import finish
+from qwen3_reranker.text.windows import fold, split, window_steps
 from tests.fakes import FakeModel, loaded, qwen3_tokenizer
 
 

@@ -27,7 +27,7 @@ from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, Query
 from pydantic.json_schema import SkipJsonSchema
 
 from qwen3_reranker import Calibration, InputError, RankedDocument, Scorer
-from qwen3_reranker.integration import (
+from qwen3_reranker.framework_settings import (
     PASSAGE,
     SPAN,
     as_calibration,
@@ -37,8 +37,8 @@ from qwen3_reranker.integration import (
     rank_options,
     scorer_of,
 )
-from qwen3_reranker.results import verify_ranking
-from qwen3_reranker.windows import WindowScore
+from qwen3_reranker.call.results import verify_ranking
+from qwen3_reranker.text.windows import WindowScore
 
 Name = Annotated[str, BeforeValidator(as_name)]
 

@@ -1,0 +1,1 @@
+"""A rerank server behind the verbs of `Reranker`."""

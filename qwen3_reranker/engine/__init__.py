@@ -1,0 +1,1 @@
+"""Who is scored when: packs, turns, one forward at a time."""

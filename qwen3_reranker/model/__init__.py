@@ -1,0 +1,1 @@
+"""The network: layers, attention, kernels, and how weights become one."""

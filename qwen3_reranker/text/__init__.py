@@ -1,0 +1,1 @@
+"""Prompts and token ids: what a model reads of a query and its documents."""
