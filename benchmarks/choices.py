@@ -20,10 +20,9 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from qwen3_reranker.model import attention_cpu
-from qwen3_reranker.model import layers
-from qwen3_reranker.model.loading import load_model
 from qwen3_reranker.engine.packing import Budget, Group, Pack, build_pack, plan_packs
+from qwen3_reranker.model import attention_cpu, layers
+from qwen3_reranker.model.loading import load_model
 from qwen3_reranker.model.prepacked import prepacked
 from tests.real_parts import QWEN3_0_6B, save_random_qwen3
 

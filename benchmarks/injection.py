@@ -22,9 +22,10 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from qwen3_reranker import Reranker
-from qwen3_reranker.checkpoint.files import locate, read_tokenizer
-from qwen3_reranker.data.demo_corpus import read_corpus
+from qwen3_reranker.checkpoint.files import read_tokenizer
+from qwen3_reranker.checkpoint.locate import locate
 from qwen3_reranker.cli.demo import CANDIDATES, embed
+from qwen3_reranker.data.demo_corpus import read_corpus
 
 from .workload import describe_machine, write_measurements
 

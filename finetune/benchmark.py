@@ -15,10 +15,10 @@ from statistics import mean
 from typing import Any
 
 from qwen3_reranker import Reranker
-from qwen3_reranker.errors import DataError, InputError, named
-from qwen3_reranker.data.jsonl import read_json
-from qwen3_reranker.text.prompt import PUBLISHED_EVAL, TEMPLATES
 from qwen3_reranker.cli.terminal import fit
+from qwen3_reranker.data.jsonl import read_json
+from qwen3_reranker.errors import DataError, InputError, named
+from qwen3_reranker.text.prompt import PUBLISHED_EVAL, TEMPLATES
 
 from .output import write_json
 from .served import Served

@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 from qwen3_reranker import Calibration, Reranker
 from qwen3_reranker.call.calibration import FILE_NAME
 from qwen3_reranker.data.candidates import CandidateList
+from qwen3_reranker.data.jsonl import read_rows
 from qwen3_reranker.data.trec import is_collection
 from qwen3_reranker.errors import InputError
-from qwen3_reranker.data.jsonl import read_rows
 
 from .data import HUB, read_training_file
 from .fitting import (

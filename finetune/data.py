@@ -19,8 +19,8 @@ from statistics import median
 from typing import Any
 
 from qwen3_reranker.data.candidates import LARGEST_LABEL, CandidateList
-from qwen3_reranker.errors import DataError, InputError, MissingExtraError, shown
 from qwen3_reranker.data.jsonl import Faults, Row, read_rows
+from qwen3_reranker.errors import DataError, InputError, MissingExtraError, shown
 
 from .layouts import OURS, PAIRS, Defaults, Layout, TrainingGroup, parse, recognise
 

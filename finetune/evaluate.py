@@ -19,8 +19,8 @@ from accelerate.utils import gather_object  # type: ignore[import-untyped]
 from qwen3_reranker.data.candidates import CandidateList, ndcg_at_10
 from qwen3_reranker.data.trec import files_of
 from qwen3_reranker.engine.engine import Engine
-from qwen3_reranker.model.loading import attention_budget
 from qwen3_reranker.engine.packing import Budget
+from qwen3_reranker.model.loading import attention_budget
 
 from . import benchmark
 from .metrics import ScoredSet, alarms, compare, heuristics, measure, reliability, spread

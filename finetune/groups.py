@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import torch
 from torch.utils.data import Dataset
 
-from qwen3_reranker.errors import InputError
 from qwen3_reranker.data.jsonl import Faults
 from qwen3_reranker.engine.packing import Group, Pack, Seat, build_pack
+from qwen3_reranker.errors import InputError
 from qwen3_reranker.text.tokenizer import EncodedGroup, PromptTokenizer
 
 from .data import TrainingGroup

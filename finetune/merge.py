@@ -19,7 +19,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qwen3_reranker.checkpoint import files as checkpoint
-from qwen3_reranker.checkpoint.adapters import ADAPTER_RECORD, ADAPTER_WEIGHTS, adapter_weights, template_of
+from qwen3_reranker.checkpoint.adapters import (
+    ADAPTER_RECORD,
+    ADAPTER_WEIGHTS,
+    adapter_weights,
+    template_of,
+)
+from qwen3_reranker.checkpoint.locate import locate, read_json
 from qwen3_reranker.errors import InputError
 from qwen3_reranker.text.tokenizer import PromptTokenizer
 
@@ -210,7 +216,7 @@ def average_adapters(adapters: Sequence[str], factors: Coefficients, folder: Pat
     What LoRA adds to a layer is B A, and a sum of such products is a product again, of the factors
     side by side: exact, of a rank that is the sum of theirs.
     """
-    folders = [checkpoint.locate(adapter, None, "adapter")[0] for adapter in adapters]
+    folders = [locate(adapter, None, "adapter")[0] for adapter in adapters]
     settings = [_lora_settings(each) for each in folders]
     record = _common_record(folders)
     layers = [_lora_layers(each, one) for each, one in zip(folders, settings, strict=True)]
@@ -237,12 +243,12 @@ def average_adapters(adapters: Sequence[str], factors: Coefficients, folder: Pat
 
 
 def _base_of(adapter: Path) -> str:
-    settings = checkpoint.read_json(adapter / "adapter_config.json")
+    settings = read_json(adapter / "adapter_config.json")
     return settings.get("base_model_name_or_path") or "BASE_MODEL"
 
 
 def _lora_settings(folder: Path) -> dict[str, Any]:
-    settings = checkpoint.read_json(folder / "adapter_config.json")
+    settings = read_json(folder / "adapter_config.json")
     others = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias")
     found = [name for name in others if settings.get(name)]
     if settings.get("bias", "none") != "none":
@@ -298,7 +304,7 @@ def _common_record(folders: Sequence[Path]) -> dict[str, Any] | None:
     files = [folder / ADAPTER_RECORD for folder in folders]
     if not all(file.is_file() for file in files):
         return None
-    records = [checkpoint.read_json(file) for file in files]
+    records = [read_json(file) for file in files]
     for name, part in (("template", "hash"), ("base", "fingerprint")):
         if len({(record.get(name) or {}).get(part) for record in records}) > 1:
             raise InputError(

@@ -21,10 +21,10 @@ from typing import Any
 from tqdm import tqdm
 
 from qwen3_reranker import Reranker, __version__
-from qwen3_reranker.checkpoint import files
-from qwen3_reranker.errors import DataError, InputError
 from qwen3_reranker.call.arguments import DTYPES
 from qwen3_reranker.call.results import in_order
+from qwen3_reranker.checkpoint.locate import stamp
+from qwen3_reranker.errors import DataError, InputError
 
 from .data import TrainingGroup, normalised, read_training_file
 from .negatives import HIGH, NEAR, Judge, Mining, Pending, candidates, find_negatives, result
@@ -144,7 +144,7 @@ def _identity(arguments: argparse.Namespace, sha256: str) -> dict[str, Any]:
         **{name: value for name, value in vars(arguments).items() if name != "output_file"},
         "content of the training file": sha256,
         "content of the corpus": hash_file(arguments.corpus),
-        "weights of the teacher": [list(map(list, files.stamp(name))) for name in models],
+        "weights of the teacher": [list(map(list, stamp(name))) for name in models],
     }
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen3_reranker.data.candidates import CandidateList
-from qwen3_reranker.errors import DataError
 from qwen3_reranker.data.jsonl import read_json
+from qwen3_reranker.errors import DataError
 
 from .config import RerankerArguments
 from .data import TrainingFile, TrainingGroup, check_leaks, describe, read_training_file

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from qwen3_reranker.errors import MissingExtraError
 from qwen3_reranker.cli.terminal import WIDTH, fit
+from qwen3_reranker.errors import MissingExtraError
 
 from .metrics import METRICS, Comparison, Reliability
 from .output import write_json

@@ -18,12 +18,12 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from qwen3_reranker import Reranker
-from qwen3_reranker.checkpoint import files
+from qwen3_reranker.call.arguments import DTYPES
+from qwen3_reranker.call.results import in_order
+from qwen3_reranker.checkpoint.locate import stamp
 from qwen3_reranker.data.candidates import CandidateList
 from qwen3_reranker.data.trec import read_candidates
 from qwen3_reranker.errors import DataError
-from qwen3_reranker.call.arguments import DTYPES
-from qwen3_reranker.call.results import in_order
 
 from .output import whole_lines
 
@@ -55,7 +55,7 @@ class Served:
     def identity(self) -> list[Any]:
         """What its scores depend on besides texts and prompt, ready for JSON."""
         names = [name for name in (self.model, self.adapter) if name is not None]
-        return [list(map(files.stamp, names)), self.dtype, self.device, self.max_length]
+        return [list(map(stamp, names)), self.dtype, self.device, self.max_length]
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> Self:

@@ -12,8 +12,8 @@ from typing import Any
 
 import transformers
 
-from qwen3_reranker.checkpoint import files
 from qwen3_reranker.checkpoint.adapters import adapter_weights
+from qwen3_reranker.checkpoint.locate import locate
 
 from .config import RerankerArguments
 from .output import hash_file
@@ -69,7 +69,7 @@ def deciding_settings(
 
 
 def _weights(adapter: str) -> str:
-    return hash_file(adapter_weights(files.locate(adapter, None, "adapter")[0]))
+    return hash_file(adapter_weights(locate(adapter, None, "adapter")[0]))
 
 
 def _plain(value: Any) -> Any:

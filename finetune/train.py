@@ -18,10 +18,10 @@ from typing import Any
 import transformers
 
 from qwen3_reranker import Reranker
-from qwen3_reranker.checkpoint import files
 from qwen3_reranker.call import arguments as inputs
-from qwen3_reranker.model import loading
+from qwen3_reranker.checkpoint.locate import locate
 from qwen3_reranker.errors import InputError, Qwen3RerankerError
+from qwen3_reranker.model import loading
 
 from . import losses
 from .adapter import save_adapter
@@ -84,7 +84,7 @@ def train(
     template = inputs.template(arguments.template)
     trainee = load_trainee(base, device=training.device, template=template)
     if arguments.adapter is not None:
-        trainee.go_on_from(files.locate(arguments.adapter, None, "adapter")[0])
+        trainee.go_on_from(locate(arguments.adapter, None, "adapter")[0])
     max_length = min(arguments.max_length, trainee.max_positions)
     budget = arguments.max_batch_tokens or loading.default_batch_tokens(
         training.device, trainee.full.config, next(trainee.network.parameters()).dtype

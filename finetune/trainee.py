@@ -19,7 +19,6 @@ from tokenizers import Tokenizer
 
 from qwen3_reranker import ModelLoadError
 from qwen3_reranker.checkpoint import files
-from qwen3_reranker.model import loading
 from qwen3_reranker.checkpoint.adapters import (
     ADAPTER_WEIGHTS,
     fingerprint,
@@ -28,9 +27,11 @@ from qwen3_reranker.checkpoint.adapters import (
     refuse_other_base,
     template_of,
 )
+from qwen3_reranker.checkpoint.locate import read_json
+from qwen3_reranker.engine.packing import Pack
+from qwen3_reranker.model import attention, loading
 from qwen3_reranker.model.attention import choose_backend
 from qwen3_reranker.model.network import YesNoCrossEncoder
-from qwen3_reranker.engine.packing import Pack
 from qwen3_reranker.text.prompt import PromptTemplate
 from qwen3_reranker.text.tokenizer import PromptTokenizer
 
@@ -139,7 +140,7 @@ class Trainee:
         """Return how an adapter's settings differ from this run's, None if they do not."""
         if not isinstance(self.full, PeftModel):
             return "this run trains every weight and has no adapter"
-        theirs = files.read_json(folder / "adapter_config.json")
+        theirs = read_json(folder / "adapter_config.json")
         ours: Any = self.full.peft_config["default"]
         for name in ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora"):
             if theirs.get(name) != getattr(ours, name):
@@ -172,7 +173,9 @@ def load_trainee(base: Base, *, device: torch.device, template: PromptTemplate |
     tokenizer_json = files.read_tokenizer(folder, gguf_file)
     tokenizer = PromptTokenizer(tokenizer_json, template_of(template, folder, None))
     dtype = loading.DTYPES[base.dtype] if base.dtype else _default_dtype(device)
-    full = files.read_weights(folder, gguf_file, config, dtype, quantization=base.quantization)
+    full = files.read_weights(
+        folder, gguf_file, config, dtype, attention=attention.NAME, quantization=base.quantization
+    )
     head = loading.yes_no_row(full, tokenizer)
     full.requires_grad_(False)
     for module in full.modules():

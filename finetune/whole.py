@@ -16,12 +16,14 @@ import torch
 from numpy.typing import NDArray
 
 from qwen3_reranker import Reranker
+from qwen3_reranker.call.results import in_order
 from qwen3_reranker.checkpoint import files
 from qwen3_reranker.checkpoint.adapters import merge_adapter, template_of
-from qwen3_reranker.errors import InputError, Qwen3RerankerError
-from qwen3_reranker.call.results import in_order
-from qwen3_reranker.text.tokenizer import PromptTokenizer
+from qwen3_reranker.checkpoint.locate import locate, read_json
 from qwen3_reranker.checkpoint.unfinished import remove_unfinished, written_whole
+from qwen3_reranker.errors import InputError, Qwen3RerankerError
+from qwen3_reranker.model import attention
+from qwen3_reranker.text.tokenizer import PromptTokenizer
 
 from .output import write_json
 
@@ -75,7 +77,7 @@ class Whole:
             write_json(
                 folder / "tokenizer_config.json", {**settings, "eos_token": end, "pad_token": end}
             )
-        config = files.read_json(folder / "config.json")
+        config = read_json(folder / "config.json")
         theta = (config.get("rope_parameters") or {}).get("rope_theta")
         if theta is not None:  # version 4 reads it here, and would take 10,000 without a word
             write_json(folder / "config.json", {**config, "rope_theta": theta})
@@ -94,10 +96,10 @@ def load_whole(model: str, adapter: str | None, instruction: str | None = None) 
     """
     folder, gguf_file, config = files.open_checkpoint(model, None)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    full = files.read_weights(folder, gguf_file, config, torch.float32)
+    full = files.read_weights(folder, gguf_file, config, torch.float32, attention=attention.NAME)
     adapter_folder = None
     if adapter is not None:
-        adapter_folder = files.locate(adapter, None, "adapter")[0]
+        adapter_folder = locate(adapter, None, "adapter")[0]
         full = merge_adapter(full, adapter_folder)
     template = template_of(None, folder, adapter_folder)
     tokenizer_json = files.read_tokenizer(folder, gguf_file)

@@ -11,11 +11,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .call.calibration import Calibration
-    from .errors import ClosedError, DataError, DocumentTooLargeError, InputError, MissingExtraError, ModelLoadError, NonFiniteScoreError, OverloadedError, Qwen3RerankerError, RankingError, ReentryError, RemoteError, RemoteProtocolError, TimedOutError
-    from .text.prompt import TEMPLATES, PromptTemplate
-    from .client.remote import RemoteReranker
-    from .reranker import Reranker
     from .call.results import RankedDocument, Scorer, Usage
+    from .client.remote import RemoteReranker
+    from .errors import (
+        ClosedError,
+        DataError,
+        DocumentTooLargeError,
+        InputError,
+        MissingExtraError,
+        ModelLoadError,
+        NonFiniteScoreError,
+        OverloadedError,
+        Qwen3RerankerError,
+        RankingError,
+        ReentryError,
+        RemoteError,
+        RemoteProtocolError,
+        TimedOutError,
+    )
+    from .reranker import Reranker
+    from .text.prompt import TEMPLATES, PromptTemplate
 
 __version__ = "0.1.0"
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from .call import arguments
-from .errors import DocumentTooLargeError, InputError, NonFiniteScoreError, named
 from .call.job import rows_by
+from .errors import DocumentTooLargeError, InputError, NonFiniteScoreError, named
 from .reranker import Reranker
 
 NEEDED = ("query", "document")

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 from .call import arguments
 from .call.calibration import Calibration
+from .call.results import RankedDocument, Scorer
 from .errors import InputError
 from .reranker import DEFAULT_MAX_LENGTH, Reranker
-from .call.results import RankedDocument, Scorer
 from .text.windows import WindowScore
 
 _OF_A_MODEL = {

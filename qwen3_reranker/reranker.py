@@ -16,16 +16,18 @@ from typing import TYPE_CHECKING, Any, Self
 
 from .call import arguments
 from .call.calibration import UNCALIBRATED, Calibration, calibration_of
-from .checkpoint.embedded import EMBEDDED
-from .engine.engine import Engine, PackRecord
-from .errors import ClosedError, InputError
-from .call.job import EncodedJob, Job, Limits, Scored, align, encode_steps
-from .text.prompt import PromptTemplate
-from .engine.request import Scores
+from .call.encoding import EncodedJob, Limits, align, encode_steps
+from .call.job import Job, Scored
 from .call.results import Usage
-from .runtime import Runtime
 from .call.verbs import BaseReranker, off_loop
-from .call.waiting import await_scores, await_until, wait, wait_until
+from .call.waiting import await_until, wait_until
+from .checkpoint.locate import EMBEDDED
+from .engine.engine import Engine, PackRecord
+from .engine.progress import await_scores, wait
+from .engine.request import Scores
+from .errors import ClosedError, InputError
+from .runtime import Runtime
+from .text.prompt import PromptTemplate
 from .text.windows import WindowScore
 
 if TYPE_CHECKING:
@@ -250,7 +252,7 @@ class Reranker(BaseReranker):
 
     def _load(self) -> tuple[LoadedModel, Engine]:
         loaded, engine = self._open_runtime().load()
-        self._calibration.refuse_other(loaded)
+        self._calibration.refuse_other(loaded.fingerprint, loaded.tokenizer.template)
         return loaded, engine
 
     def _refuse_if_closed(self) -> None:

@@ -9,6 +9,7 @@ import threading
 import weakref
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from .data.demo_corpus import read_sample
 from .engine.engine import Engine
 from .engine.threads import claim_process, refuse_fork
 from .text.prompt import PromptTemplate
@@ -59,7 +60,7 @@ class Runtime:
 
                 settings: dict[str, Any] = dict(self.settings)
                 max_cached_scores = settings.pop("max_cached_scores", 0)
-                loaded = load_model(**settings)
+                loaded = load_model(**settings, read_sample=read_sample)
                 engine = Engine(
                     loaded.network.score,
                     backend=loaded.backend,

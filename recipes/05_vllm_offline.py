@@ -19,11 +19,11 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from vllm import LLM, PoolingParams
 
-from qwen3_reranker.errors import ClosedError
 from qwen3_reranker.call.job import Job, Limits, Scored, align, encode_job
-from qwen3_reranker.text.tokenizer import PromptTokenizer
 from qwen3_reranker.call.verbs import BaseReranker
 from qwen3_reranker.cli.vllm_command import vllm_settings
+from qwen3_reranker.errors import ClosedError
+from qwen3_reranker.text.tokenizer import PromptTokenizer
 
 DOCUMENTS = [
     "Beijing is the capital of China.",

@@ -14,9 +14,9 @@ from statistics import mean
 
 from finetune.cli import main as finetune
 from qwen3_reranker import Reranker
+from qwen3_reranker.call.results import in_order
 from qwen3_reranker.data.candidates import ndcg_at_10
 from qwen3_reranker.data.trec import read_candidates
-from qwen3_reranker.call.results import in_order
 
 MERGED = "merged-adapter"
 

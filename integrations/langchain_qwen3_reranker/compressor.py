@@ -18,6 +18,7 @@ from pydantic.json_schema import SkipJsonSchema
 
 from qwen3_reranker import Calibration, InputError, RankedDocument, Scorer
 from qwen3_reranker.call import arguments
+from qwen3_reranker.call.results import verify_ranking
 from qwen3_reranker.framework_settings import (
     PASSAGE,
     SPAN,
@@ -28,7 +29,6 @@ from qwen3_reranker.framework_settings import (
     rank_options,
     scorer_of,
 )
-from qwen3_reranker.call.results import verify_ranking
 from qwen3_reranker.text.windows import WindowScore
 
 Name = Annotated[str, BeforeValidator(as_name)]

@@ -7,16 +7,16 @@ never quoted, only their types and positions.
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 import os
 import sys
 from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
-import numpy as np
-
 from ..errors import InputError, named, shown
-from ..text.prompt import TEMPLATES, PromptTemplate, plain
+from ..text.prompt import TEMPLATES, PromptTemplate
+from ..text.strings import plain
 
 API_KEY_VARIABLE = "QWEN3_RERANKER_API_KEY"
 """Where the server looks for the key of its clients, and a client for that of its server."""
@@ -86,16 +86,6 @@ def lists(queries: Any, documents_of: Any) -> tuple[list[str], list[list[str]]]:
             for i, row in enumerate(rows)
         ],
     )
-
-
-def repaired(text: str) -> str:
-    """Return a text that UTF-8 can carry: surrogate pairs joined, lone surrogates as U+FFFD.
-
-    Example:
-        >>> repaired("half a smile " + chr(0xD83D)) == "half a smile " + chr(0xFFFD)
-        True
-    """
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def pairs(value: Any) -> list[tuple[str, str]]:
@@ -379,7 +369,7 @@ def number(value: Any) -> float | None:
         >>> number(np.float32(0.5)), number(-(10**400)), number(True)
         (0.5, -inf, None)
     """
-    if _is(value, bool) or not _is(value, int, float, np.floating, np.integer):
+    if _is(value, bool) or not _is(value, numbers.Real):
         return None
     try:
         return float(value)

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from . import arguments
-from ..errors import InputError, ModelLoadError, shown
 from ..data.jsonl import read_json
+from ..errors import InputError, ModelLoadError, shown
+from . import arguments
 from .results import probability
 
 if TYPE_CHECKING:
-    from ..model.loading import LoadedModel
+    from ..text.prompt import PromptTemplate
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +93,12 @@ class Calibration:
         """Return the calibrated score of a model's log-odds."""
         return probability(log_odds / self.temperature + self.bias)
 
-    def refuse_other(self, loaded: LoadedModel) -> None:
+    def refuse_other(self, fingerprint: str, template: PromptTemplate) -> None:
         """Refuse a model or prompt that this was not fitted for: its scores would be wrong numbers.
 
         Raises:
             ModelLoadError: If the weights or the template are others.
         """
-        template = loaded.tokenizer.template
         if self.template_hash not in (None, template.hash):
             raise ModelLoadError(
                 "the calibration was fitted with another prompt template "
@@ -107,7 +106,7 @@ class Calibration:
                 "would change its scores. Fit one with qwen3-finetune calibrate, or pass the "
                 "template it was fitted with."
             )
-        if self.fingerprint not in (None, loaded.fingerprint):
+        if self.fingerprint not in (None, fingerprint):
             raise ModelLoadError(
                 "the calibration was fitted for other weights than these, whose log-odds lie "
                 "elsewhere. Fit one for this model and adapter with qwen3-finetune calibrate."

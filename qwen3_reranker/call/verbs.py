@@ -13,8 +13,8 @@ from time import monotonic
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from . import arguments as inputs
 from ..errors import Qwen3RerankerError
+from . import arguments as inputs
 from .job import Job, Scored, rank_all, rows_by
 from .results import RankedDocument
 

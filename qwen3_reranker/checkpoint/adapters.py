@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from .files import read_json
 from ..errors import MissingExtraError, ModelLoadError, named
 from ..text.prompt import TEMPLATES, PromptTemplate
+from .locate import read_json
 
 logger = logging.getLogger(__name__)
 

@@ -30,11 +30,11 @@ import langchain_qwen3_reranker
 import llama_index.postprocessor.qwen3_reranker as llama_index_qwen3_reranker
 
 from .. import __version__
+from ..call.results import RankedDocument
+from ..checkpoint.locate import EMBEDDED
 from ..data.candidates import ndcg_at_10
 from ..data.demo_corpus import Passage, Query, read_corpus
-from ..checkpoint.embedded import EMBEDDED
 from ..reranker import Reranker
-from ..call.results import RankedDocument
 from .terminal import WIDTH, fit
 
 CANDIDATES = 10

@@ -20,11 +20,12 @@ from huggingface_hub import constants
 from tokenizers import Tokenizer
 
 from .. import __version__
-from ..checkpoint import files
-from ..model.cpu_trials import bfloat16_pays
-from ..text.prompt import PromptTemplate
-from ..reranker import Reranker
 from ..call.results import probability
+from ..checkpoint import files
+from ..checkpoint.locate import locate
+from ..model.cpu_trials import bfloat16_pays
+from ..reranker import Reranker
+from ..text.prompt import PromptTemplate
 
 _SHOWN = ("torch", "transformers", "tokenizers", "numpy", "huggingface-hub")
 _OPTIONAL = ("peft", "gguf", "langchain-core", "llama-index-core", "trl", "datasets")
@@ -171,7 +172,7 @@ def _official_log_odds(
     answers: tuple[int, int],
     pairs: Sequence[tuple[str, str]],
 ) -> list[float]:
-    folder, gguf_file = files.locate(model, None)
+    folder, gguf_file = locate(model, None)
     config = files.read_config(folder, gguf_file)
     full = files.read_weights(folder, gguf_file, config, dtype, attention="sdpa")
     full.to(device).eval()  # not the dtype, which would round the rotary buffers too

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..call import arguments as inputs
+from ..call.results import cut_ranking
+from ..checkpoint.locate import EMBEDDED
 from ..data.candidates import CandidateList
-from ..data.trec import read_candidates
 from ..data.documents import read_documents
-from ..checkpoint.embedded import EMBEDDED
-from ..errors import InputError, MissingExtraError, Qwen3RerankerError
 from ..data.jsonl import STDIN
+from ..data.trec import read_candidates
+from ..errors import InputError, MissingExtraError, Qwen3RerankerError
 from ..text.prompt import TEMPLATES
 from .rank_output import as_json, summary, table
-from ..call.results import cut_ranking
 
 if TYPE_CHECKING:
     from ..client.remote import RemoteReranker

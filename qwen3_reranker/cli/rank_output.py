@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
-from ..data.candidates import CandidateList, ndcg_at_10
 from ..call.results import RankedDocument, Usage, in_order
+from ..data.candidates import CandidateList, ndcg_at_10
 from .terminal import WIDTH, fit
 
 

@@ -23,8 +23,15 @@ from functools import cache
 from time import monotonic
 from typing import Any, TypeAlias, TypeVar
 
-from ..errors import MissingExtraError, OverloadedError, Qwen3RerankerError, RemoteError, RemoteProtocolError, TimedOutError
 from ..call.futures import LockFreeFuture
+from ..errors import (
+    MissingExtraError,
+    OverloadedError,
+    Qwen3RerankerError,
+    RemoteError,
+    RemoteProtocolError,
+    TimedOutError,
+)
 
 try:
     import httpx

@@ -16,14 +16,14 @@ from typing import Any, ClassVar, Literal, TypeAlias
 from urllib.parse import urlsplit
 
 from ..call import arguments
-from .servers import Endpoint, PromptMode, RemoteScore
-from ..errors import ClosedError, InputError, Qwen3RerankerError
 from ..call.futures import LockFreeFuture
 from ..call.job import Job, Scored
 from ..call.results import RankedDocument
-from .http import Connection, Line, is_address
 from ..call.verbs import BaseReranker
 from ..call.waiting import await_until, wait_until
+from ..errors import ClosedError, InputError, Qwen3RerankerError
+from .http import Connection, Line, is_address
+from .servers import Endpoint, PromptMode, RemoteScore
 
 logger = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
-from ..errors import InputError, RemoteError, RemoteProtocolError
-from ..call.arguments import repaired
-from ..text.prompt import QWEN3_RERANKER
 from ..call.results import probability
+from ..errors import InputError, RemoteError, RemoteProtocolError
+from ..text.prompt import QWEN3_RERANKER
+from ..text.strings import repaired
 from .http import Connection, Line
 
 logger = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .documents import name_of
 from ..errors import InputError, shown
+from .documents import name_of
 from .jsonl import parse_rows
 
 LARGEST_LABEL = 2**31 - 1

@@ -32,3 +32,9 @@ def read_corpus() -> tuple[list[Passage], list[Query]]:
     content = json.loads(files(__package__).joinpath("demo.json").read_text(encoding="utf-8"))
     passages = [Passage(**passage) for passage in content["passages"]]
     return passages, [Query(**query) for query in content["queries"]]
+
+
+def read_sample() -> tuple[str, list[str]]:
+    """Return a query and 24 passages, some of which answer it."""
+    passages, queries = read_corpus()
+    return queries[0].query, [passage.text for passage in passages[:24]]

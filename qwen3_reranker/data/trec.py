@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..errors import DataError
 from .candidates import LARGEST_LABEL, CandidateList, read_candidate_rows
 from .documents import parse_document
-from ..errors import DataError
 from .jsonl import Faults, parse_rows, read_lines
 
 _RUN_ENDINGS = (".trec", ".run")

@@ -19,15 +19,15 @@ from concurrent.futures import CancelledError
 from dataclasses import dataclass, replace
 from time import monotonic
 
-from ..errors import ClosedError, OverloadedError, ReentryError
-from .forwards import Forwards, Part, Score
 from ..call.futures import LockFreeFuture
-from .threads import refuse_fork, start
+from ..errors import ClosedError, OverloadedError, ReentryError
+from ..text.steps import Done, Steps
+from ..text.tokenizer import EncodedGroup
+from .forwards import Forwards, Part, Score
 from .packing import Budget, Room
 from .request import Name, Progress, Request, ScoresFuture, place_of
 from .score_cache import ScoreCache
-from ..text.steps import Done, Steps
-from ..text.tokenizer import EncodedGroup
+from .threads import refuse_fork, start
 from .turns import Turns
 
 logger = logging.getLogger(__name__)

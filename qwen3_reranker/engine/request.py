@@ -14,11 +14,11 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import NonFiniteScoreError
 from ..call.futures import LockFreeFuture
+from ..errors import NonFiniteScoreError
+from ..text.tokenizer import EncodedGroup
 from .packing import Group, Line, Seat, merge_duplicates
 from .score_cache import ScoreCache
-from ..text.tokenizer import EncodedGroup
 
 Progress = Callable[[int], object]
 """Called from the owner thread after each pack with the number of distinct documents in it."""

@@ -18,10 +18,10 @@ from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from ..errors import ClosedError
 from ..call.futures import LockFreeFuture
-from .threads import start
+from ..errors import ClosedError
 from ..text.steps import Steps
+from .threads import start
 
 Done = TypeVar("Done")
 

@@ -18,10 +18,10 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from ..engine.packing import Group, Pack, Seat, Span, build_pack
 from . import attention_cuda
 from .attention_cpu import attend_tail, blocks_pay, tail_mask
 from .prefix_cache import KeyValues
-from ..engine.packing import Group, Pack, Seat, Span, build_pack
 
 NAME = "qwen3_reranker_pack"
 

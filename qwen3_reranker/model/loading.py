@@ -8,27 +8,29 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 import transformers
 
 from ..checkpoint.adapters import merge_adapter, scoring_fingerprint, template_of
-from .attention import choose_backend
-from ..checkpoint.files import locate, open_checkpoint, read_tokenizer, read_weights
-from ..data.demo_corpus import read_corpus
-from .cpu_trials import bfloat16_pays, prepacking_pays
-from ..errors import ModelLoadError, named
-from .network import YesNoCrossEncoder
+from ..checkpoint.files import open_checkpoint, read_tokenizer, read_weights
+from ..checkpoint.locate import locate
 from ..engine.packing import Budget, build_pack, merge_duplicates, plan_packs
-from .prepacked import PrepackedLinear, prepacked
+from ..errors import ModelLoadError, named
 from ..text.prompt import PromptTemplate
-from .quantized import Int8Linear, replace_linears, weights_alone
 from ..text.tokenizer import PromptTokenizer
+from .attention import NAME as PACKED_ATTENTION
+from .attention import choose_backend
+from .cpu_trials import bfloat16_pays, prepacking_pays
+from .network import YesNoCrossEncoder
+from .prepacked import PrepackedLinear, prepacked
+from .quantized import Int8Linear, replace_linears, weights_alone
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +41,8 @@ _CPU_BATCH_TOKENS = 2048
 _HEAD_CACHE_BYTES = 256 * 2**20
 """Instructions take 60 tokens each, 14 MB for the 0.6B in float32."""
 
-_SAMPLE = 24
-"""Pairs by which the error of 8 bits is measured."""
+ReadSample: TypeAlias = Callable[[], tuple[str, list[str]]]
+"""Returns a query and documents."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,7 @@ def load_model(
     revision: str | None = None,
     max_batch_tokens: int | None = None,
     exact: bool = False,
+    read_sample: ReadSample | None = None,
 ) -> LoadedModel:
     """Load a causal or one-label sequence-classification checkpoint for scoring.
 
@@ -88,6 +91,8 @@ def load_model(
         revision: Revision of a Hub model.
         max_batch_tokens: Token budget of a pack, or None to take it from device and memory.
         exact: Whether every document travels alone.
+        read_sample: Returns a query and documents by which the error of 8 bits is measured, for
+            `LoadedModel.choices`; None leaves it unmeasured.
 
     Raises:
         ModelLoadError: If anything about the checkpoint is missing, unsupported or inconsistent.
@@ -102,7 +107,7 @@ def load_model(
 
     # An adapter is merged in float32, otherwise the checkpoint's own dtype holds the head exactly.
     loading_dtype = "auto" if adapter_folder is None and gguf_file is None else torch.float32
-    full = read_weights(folder, gguf_file, config, loading_dtype)
+    full = read_weights(folder, gguf_file, config, loading_dtype, attention=PACKED_ATTENTION)
     if adapter_folder is not None:
         full = merge_adapter(full, adapter_folder)
     head = yes_no_row(full, tokenizer)
@@ -131,7 +136,7 @@ def load_model(
         network.is_lean = False
         self_test(network, tokenizer, backend, config.max_position_embeddings)
     if dtype == "int8" and of_weights is None:
-        dtype_reason = quantise(network, tokenizer, backend)
+        dtype_reason = quantise(network, tokenizer, backend, read_sample)
     matrices = "quantised" if dtype in ("int8", "nf4") else prepack(decoder, torch_device)
     return LoadedModel(
         network=network,
@@ -256,11 +261,18 @@ def _choose_dtype(dtype: str | None, device: torch.device, config: Any) -> tuple
     return torch.float32, "exact; bfloat16 is faster on this CPU"
 
 
-def quantise(network: YesNoCrossEncoder, tokenizer: PromptTokenizer, backend: str) -> str:
+def quantise(
+    network: YesNoCrossEncoder,
+    tokenizer: PromptTokenizer,
+    backend: str,
+    read_sample: ReadSample | None = None,
+) -> str:
     """Round the layers' matrices to 8 bits; return what that does to scores, for `doctor`."""
-    passages, queries = read_corpus()
-    texts = [each.text for each in passages[:_SAMPLE]]
-    group = tokenizer.encode_group(None, queries[0].query, texts, max_length=512)
+    if read_sample is None:
+        replace_linears(network.decoder, Int8Linear)
+        return "asked for"
+    query, texts = read_sample()
+    group = tokenizer.encode_group(None, query, texts, max_length=512)
     merged, _ = merge_duplicates([group])
     plans = plan_packs(merged, Budget(_CPU_BATCH_TOKENS))
     packs = [build_pack(merged, seats, backend=backend) for seats in plans]

@@ -15,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import pad
 
-from .attention import Prepared, prepare
-from .cpu_trials import size_step
-from .prefix_cache import HeadCache, KeyValues
-from .layers import Rotary, last_layer, run_layer
 from ..engine.packing import Pack
 from ..text.tokenizer import TokenIds
+from .attention import Prepared, prepare
+from .cpu_trials import size_step
+from .layers import Rotary, last_layer, run_layer
+from .prefix_cache import HeadCache, KeyValues
 
 
 class YesNoCrossEncoder(torch.nn.Module):

@@ -24,13 +24,29 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from .. import __version__
 from ..call import arguments
 from ..errors import InputError, Qwen3RerankerError
-from .middleware import CLIENT_GONE, OPEN_PATH, RETRY_AFTER_S, Guard, RequestLog
+from ..reranker import Reranker
 from ..web.hosts import AllowedHosts, is_loopback
 from ..web.listening import check_address, server_config
 from ..web.memory import keep_little
 from .metrics import Metrics
-from .schemas import ErrorAnswer, RefusedError, RerankAnswer, RerankRequest, ScoreAnswer, ScoreRequest, ServerLimits, TeiResult, check_count, error_answer, jina_answer, parse_body, score_answer, status_of, tei_answer
-from ..reranker import Reranker
+from .middleware import CLIENT_GONE, OPEN_PATH, RETRY_AFTER_S, Guard, RequestLog
+from .schemas import (
+    ErrorAnswer,
+    RefusedError,
+    RerankAnswer,
+    RerankRequest,
+    ScoreAnswer,
+    ScoreRequest,
+    ServerLimits,
+    TeiResult,
+    check_count,
+    error_answer,
+    jina_answer,
+    parse_body,
+    score_answer,
+    status_of,
+    tei_answer,
+)
 
 logger = logging.getLogger(__name__)
 

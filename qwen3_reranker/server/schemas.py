@@ -15,9 +15,16 @@ from uuid import uuid4
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
-from ..errors import ClosedError, DocumentTooLargeError, InputError, ModelLoadError, OverloadedError, TimedOutError
-from ..call.arguments import repaired
 from ..call.results import RankedDocument
+from ..errors import (
+    ClosedError,
+    DocumentTooLargeError,
+    InputError,
+    ModelLoadError,
+    OverloadedError,
+    TimedOutError,
+)
+from ..text.strings import repaired
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 
 from ..errors import InputError
+from .strings import plain
 
 _SYSTEM = (
     "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and "
@@ -21,21 +22,6 @@ _SYSTEM = (
 _WEB_SEARCH = "Given a web search query, retrieve relevant passages that answer the query"
 _ANSWER = "<|im_start|>assistant\n"
 _EMPTY_THINK = "<think>\n\n</think>\n\n"
-
-
-def plain(value: object) -> str | None:
-    """Return a string of exactly the type str, the same object where it is one; None of no string.
-
-    What a subclass redefines would act inside the prompt: `markupsafe.Markup` escapes the labels
-    that it is joined with. The type alone counts: a mock may claim any class.
-
-    Example:
-        >>> class Loud(str):
-        ...     def __add__(self, other): return self.upper()
-        >>> plain(Loud("tea")) + "!", plain(7)
-        ('tea!', None)
-    """
-    return str.__str__(value) if issubclass(type(value), str) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from ..call.arguments import repaired
+from .strings import repaired
 
 _WINDOW_CHARS = 64_000
 

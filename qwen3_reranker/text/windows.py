@@ -12,8 +12,8 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Literal, TypeAlias
 
-from ..call.arguments import repaired
 from .steps import Steps
+from .strings import repaired
 from .tokenizer import EncodedGroup, PromptTokenizer
 
 WindowScore: TypeAlias = Literal["max", "mean"]

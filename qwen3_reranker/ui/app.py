@@ -22,15 +22,15 @@ import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 
-from . import page
+from ..call.verbs import BaseReranker
 from ..data.documents import read_documents, split_documents
 from ..errors import DataError, InputError, Qwen3RerankerError
+from ..reranker import Reranker
 from ..web.hosts import AllowedHosts
 from ..web.listening import server_config
 from ..web.memory import keep_little
+from . import page
 from .guard import Click, PageGuard, Uploads, is_upload, refuse
-from ..reranker import Reranker
-from ..call.verbs import BaseReranker
 
 logger = logging.getLogger(__name__)
 

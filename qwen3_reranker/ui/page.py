@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from ..data.demo_corpus import read_corpus
-from ..call.arguments import repaired
 from ..call.results import RankedDocument
+from ..data.demo_corpus import read_corpus
+from ..text.strings import repaired
 
 CSS = Path(__file__).with_name("page.css")
 

@@ -23,8 +23,8 @@ from qwen3_reranker.checkpoint.adapters import (
     recorded_template,
     refuse_other_base,
 )
-from qwen3_reranker.checkpoint.files import open_checkpoint
 from qwen3_reranker.checkpoint.embedded import find_gguf
+from qwen3_reranker.checkpoint.files import open_checkpoint
 from qwen3_reranker.model.loading import load_model
 from tests.attacks.limits import bounded
 

@@ -20,8 +20,8 @@ import uvloop
 
 from qwen3_reranker import Qwen3RerankerError, Reranker, TimedOutError
 from qwen3_reranker.engine.packing import Budget
-from qwen3_reranker.text.steps import Steps
 from qwen3_reranker.engine.turns import Turns
+from qwen3_reranker.text.steps import Steps
 from tests import fakes
 from tests.attacks.limits import bounded
 from tests.fakes import FRUIT, QUERY

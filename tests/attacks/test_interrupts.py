@@ -46,7 +46,7 @@ def _answers_in_time(reranker: Reranker, seconds: float = 5) -> bool:
 def test_interrupt_anywhere_in_a_call_wedges_nothing(
     monkeypatch: pytest.MonkeyPatch, tried: Callable[[int], None], is_watched: bool
 ) -> None:
-    monkeypatch.setattr("qwen3_reranker.call.waiting._is_watched", lambda: is_watched)
+    monkeypatch.setattr("qwen3_reranker.engine.progress._is_watched", lambda: is_watched)
     k = 0
     with fakes.loaded(monkeypatch, fakes.FakeModel(_Forgetful())):
         reranker = Reranker("model")

@@ -26,8 +26,8 @@ from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
 from qwen3_reranker import Reranker
-from qwen3_reranker.ui import guard
 from qwen3_reranker.ui import app as ui
+from qwen3_reranker.ui import guard
 from tests import fakes
 from tests.attacks.limits import bounded
 

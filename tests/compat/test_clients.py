@@ -95,8 +95,8 @@ class TestLlamaCpp:
         assert scores == pytest.approx([r.score for r in core], abs=self.TOLERANCE)
 
     def test_scores_in_teis_shape_are_the_same(self, url: str, folder: Path) -> None:
-        from qwen3_reranker.client.servers import read_scores
         from qwen3_reranker.call.results import probability
+        from qwen3_reranker.client.servers import read_scores
 
         body = {"query": clients.QUERY, "texts": clients.DOCUMENTS}
         headers = {"Authorization": f"Bearer {clients.KEY}"}

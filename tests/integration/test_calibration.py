@@ -22,9 +22,9 @@ from finetune.metrics import ScoredSet
 from langchain_qwen3_reranker import Qwen3Reranker as LangChainReranker
 from llama_index.postprocessor.qwen3_reranker import Qwen3Reranker as LlamaIndexReranker
 from qwen3_reranker import Calibration, DataError, ModelLoadError, RemoteReranker, Reranker
+from qwen3_reranker.call.results import in_order
 from qwen3_reranker.data.trec import read_candidates
 from qwen3_reranker.framework_settings import scorer_of
-from qwen3_reranker.call.results import in_order
 from tests import real_parts
 from tests.fakes import FakeModel, loaded
 from tests.invariants import check_ranking

@@ -33,9 +33,9 @@ from qwen3_reranker import (
     Reranker,
     TimedOutError,
 )
+from qwen3_reranker.call.job import Job
 from qwen3_reranker.cli.main import main
 from qwen3_reranker.engine.engine import Engine
-from qwen3_reranker.call.job import Job
 from qwen3_reranker.engine.packing import Pack
 from tests import fakes
 

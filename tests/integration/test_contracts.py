@@ -22,9 +22,9 @@ from tokenizers import Tokenizer
 from langchain_qwen3_reranker import Qwen3Reranker as LangChainReranker
 from llama_index.postprocessor.qwen3_reranker import Qwen3Reranker as LlamaIndexReranker
 from qwen3_reranker import RankedDocument, RemoteError
+from qwen3_reranker.call.results import cut_ranking
 from qwen3_reranker.client import http
 from qwen3_reranker.engine.packing import Pack
-from qwen3_reranker.call.results import cut_ranking
 from tests import real_parts
 from tests.contract_compressor import CompressorContract
 from tests.contract_model import Model

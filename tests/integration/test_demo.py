@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qwen3_reranker.cli.demo import CANDIDATES, embed
 from qwen3_reranker.cli.main import main
 from qwen3_reranker.data.demo_corpus import read_corpus
-from qwen3_reranker.cli.demo import CANDIDATES, embed
 
 
 def columns(line: str) -> int:

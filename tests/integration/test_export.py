@@ -20,9 +20,9 @@ from finetune import export, gguf_export, publish, whole
 from finetune.cli import main
 from finetune.whole import SAMPLE, load_whole
 from qwen3_reranker import Reranker
+from qwen3_reranker.call.results import in_order
 from qwen3_reranker.errors import InputError, Qwen3RerankerError
 from qwen3_reranker.text.prompt import PUBLISHED_EVAL, TEMPLATES
-from qwen3_reranker.call.results import in_order
 
 FORMATS = ["seq-cls", "sentence-transformers"]
 GGUF = pytest.param("gguf", marks=pytest.mark.slow)  # gguf reads 300,000 tokens and merges: 8 s

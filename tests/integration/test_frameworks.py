@@ -36,8 +36,8 @@ from qwen3_reranker import (
     Reranker,
     Scorer,
 )
-from qwen3_reranker.data.demo_corpus import read_corpus
 from qwen3_reranker.cli.demo import LangChainEmbedding, LlamaIndexEmbedding
+from qwen3_reranker.data.demo_corpus import read_corpus
 from qwen3_reranker.framework_settings import scorer_of
 from tests.fakes import FakeModel, forbid_loading, loaded, replace_load_model
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from qwen3_reranker import Reranker
-from qwen3_reranker.model.loading import load_model
-from qwen3_reranker.engine.packing import Budget, build_pack, merge_duplicates, plan_packs
 from qwen3_reranker.call.results import in_order
+from qwen3_reranker.engine.packing import Budget, build_pack, merge_duplicates, plan_packs
+from qwen3_reranker.model.loading import load_model
 from tests import texts
 from tests.official import Official
 

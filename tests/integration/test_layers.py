@@ -13,13 +13,10 @@ import torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from qwen3_reranker import Reranker
-from qwen3_reranker.model import attention
-from qwen3_reranker.model import attention_cpu
-from qwen3_reranker.model import layers
-from qwen3_reranker.model import loading
+from qwen3_reranker.engine.packing import Group, Seat, build_pack
+from qwen3_reranker.model import attention, attention_cpu, layers, loading
 from qwen3_reranker.model import network as model
 from qwen3_reranker.model.loading import load_model
-from qwen3_reranker.engine.packing import Group, Seat, build_pack
 from qwen3_reranker.model.prepacked import PrepackedLinear
 from tests.real_parts import skip_unless_packed
 

@@ -25,8 +25,8 @@ from qwen3_reranker import (
     Reranker,
 )
 from qwen3_reranker.engine.engine import Engine
-from qwen3_reranker.model.loading import load_model
 from qwen3_reranker.engine.packing import Budget, Pack
+from qwen3_reranker.model.loading import load_model
 from tests import fakes, texts
 from tests.invariants import check_ranking
 

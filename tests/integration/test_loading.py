@@ -17,11 +17,11 @@ import transformers
 
 from finetune.whole import load_whole
 from qwen3_reranker import InputError, ModelLoadError, NonFiniteScoreError, Reranker
+from qwen3_reranker.call.results import in_order
 from qwen3_reranker.checkpoint.adapters import ADAPTER_RECORD, fingerprint
 from qwen3_reranker.checkpoint.embedded import find_gguf
 from qwen3_reranker.model.loading import load_model
 from qwen3_reranker.text.prompt import TEMPLATES
-from qwen3_reranker.call.results import in_order
 from tests import official
 from tests.fakes import leaking
 from tests.invariants import check_ranking

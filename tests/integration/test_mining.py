@@ -22,8 +22,8 @@ from finetune.mine import judge_with
 from finetune.negatives import Judge, Mining, candidates, find_negatives
 from finetune.retrieval import BM25, Corpus, read_corpus, search
 from qwen3_reranker import Reranker
-from qwen3_reranker.data.documents import Document
 from qwen3_reranker.call.results import in_order
+from qwen3_reranker.data.documents import Document
 from tests import real_parts, texts
 
 ROOT = Path(__file__).parents[2]

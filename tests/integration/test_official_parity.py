@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from qwen3_reranker import Reranker
-from qwen3_reranker.model.loading import load_model
 from qwen3_reranker.engine.packing import Budget, Pack
+from qwen3_reranker.model.loading import load_model
 from tests import real_parts, texts
 from tests.fakes import leaking
 from tests.invariants import check_ranking

@@ -16,8 +16,8 @@ from fastapi.testclient import TestClient
 
 from finetune.cli import main as finetune
 from qwen3_reranker import ClosedError
-from qwen3_reranker.cli.main import main
 from qwen3_reranker.call.results import probability
+from qwen3_reranker.cli.main import main
 from tests.judgments import write_judgments
 from tests.servers import serving
 

@@ -19,10 +19,9 @@ import httpx
 import pytest
 
 from qwen3_reranker import RemoteReranker, Reranker
-from qwen3_reranker.ui import page
-from qwen3_reranker.ui import app
 from qwen3_reranker.cli.main import main
 from qwen3_reranker.data.documents import split_documents
+from qwen3_reranker.ui import app, page
 from tests import fakes
 from tests.servers import ROOT, Server, serving, web_page
 

@@ -12,20 +12,27 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TORCH_FILES = {
-    "adapters.py",
-    "attention.py",
-    "causal.py",
-    "checkpoint.py",
-    "cpu.py",
-    "doctor.py",
-    "layers.py",
-    "loading.py",
-    "model.py",
-    "prepacked.py",
-    "quantised.py",
-    "varlen.py",
+ROOMS = {
+    "text": "",
+    "data": "",
+    "call": "text data",
+    "engine": "text call",
+    "checkpoint": "text data",
+    "model": "text engine checkpoint",
+    "top": "text data call engine checkpoint model",
+    "client": "text call",
+    "web": "",
+    "server": "top text call engine web",
+    "ui": "top text data call web",
+    "cli": "top text data call checkpoint model client web server ui",
 }
+"""Each room of the core and the rooms it may import, beside `errors`. "top" is what lies outside of
+rooms: `reranker`, `runtime`, `bulk`, `framework_settings`. Settings of the frameworks import a
+client when one is asked for."""
+LATE = {("top", "client")}
+"""Arrows that are followed inside a function, because the caller asked for it."""
+TORCH_ROOMS = {"checkpoint", "model"}
+TORCH_FILES = {"cli/doctor.py"}
 FIRST_PARTY = {"finetune", "langchain_qwen3_reranker", "llama_index", "tests", "benchmarks"}
 
 
@@ -53,14 +60,68 @@ def test_core_imports_nothing_else_of_this_repository() -> None:
         assert not found, f"{file.name} imports {found}"
 
 
+def room_of(module: str) -> str:
+    """Return the room of a module of the core, by its name within the core."""
+    first = module.partition(".")[0]
+    return first if first in ROOMS else "errors" if first == "errors" else "top"
+
+
+def arrows(*, top_level_only: bool) -> dict[tuple[str, str], set[str]]:
+    """Return the files behind each arrow from room to room."""
+    found: dict[tuple[str, str], set[str]] = {}
+    for file in sources("qwen3_reranker"):
+        if file.name in ("__init__.py", "__main__.py"):
+            continue
+        path = file.relative_to(ROOT / "qwen3_reranker")
+        here = room_of(".".join(path.with_suffix("").parts))
+        for name in imports(file, top_level_only=top_level_only):
+            dots = len(name) - len(name.lstrip("."))
+            if dots == 0:
+                continue
+            parts = (*path.parts[: len(path.parts) - dots], *filter(None, [name.lstrip(".")]))
+            there = room_of(".".join(parts)) if parts else "errors"  # the version
+            if there not in (here, "errors"):
+                found.setdefault((here, there), set()).add(str(path))
+    return found
+
+
+def test_rooms_import_downwards_only() -> None:
+    """The order of `ROOMS` is one in which each imports earlier ones only, so there is no circle."""
+    allowed = {(room, there) for room, may in ROOMS.items() for there in may.split()}
+    order = list(ROOMS)
+    assert all(order.index(there) < order.index(room) for room, there in allowed)
+    for (room, there), files in sorted(arrows(top_level_only=True).items()):
+        print(f"{room:>10} -> {there:<10} {len(files)}")
+        assert (room, there) in allowed, f"{room} may not import {there}: {files}"
+    for arrow, files in arrows(top_level_only=False).items():
+        assert arrow in allowed | LATE, f"{arrow} inside a function: {files}"
+
+
+def test_every_arrow_that_is_allowed_is_used() -> None:
+    used = set(arrows(top_level_only=False))
+    unused = {(room, there) for room, may in ROOMS.items() for there in may.split()} - used
+    assert not unused
+
+
+def test_rooms_are_these() -> None:
+    folders = {file.parent.name for file in (ROOT / "qwen3_reranker").glob("*/__init__.py")}
+    assert folders == set(ROOMS) - {"top"}
+
+
 def test_torch_is_imported_in_few_files() -> None:
-    users = {
-        file.name
-        for file in sources("qwen3_reranker")
-        if {"torch", "transformers"}
-        & {name.split(".")[0] for name in imports(file, top_level_only=True)}
-    }
-    assert users == TORCH_FILES
+    for file in sources("qwen3_reranker"):
+        path = file.relative_to(ROOT / "qwen3_reranker")
+        used = {name.split(".")[0] for name in imports(file, top_level_only=True)}
+        if {"torch", "transformers"} & used:
+            assert path.parts[0] in TORCH_ROOMS or str(path) in TORCH_FILES, path
+
+
+def test_client_needs_no_tokenizer() -> None:
+    code = (
+        "import sys; from qwen3_reranker import RemoteReranker; "
+        "sys.exit(bool({'torch', 'numpy', 'tokenizers'} & set(sys.modules)))"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_integrations_import_core_and_their_framework_only() -> None:

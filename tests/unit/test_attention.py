@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from qwen3_reranker.engine.packing import Group, Pack, Seat, build_pack
 from qwen3_reranker.model import attention_cuda
 from qwen3_reranker.model.attention import check_varlen, packed_attention, prepare
 from qwen3_reranker.model.prefix_cache import KeyValues
-from qwen3_reranker.engine.packing import Group, Pack, Seat, build_pack
 
 HEADS, KEY_HEADS, SIZE = 4, 2, 16
 BACKENDS = ["documents", "padded", "varlen"]

@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen3_reranker import Calibration, InputError, ModelLoadError, Reranker
-from qwen3_reranker.cli.main import main
 from qwen3_reranker.call.results import probability
+from qwen3_reranker.cli.main import main
 from tests import fakes
 from tests.fakes import FRUIT, QUERY
 from tests.invariants import check_ranking

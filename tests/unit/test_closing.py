@@ -185,7 +185,8 @@ class Network:
 model = types.SimpleNamespace(
     network=Network(), backend="fake", budget=Budget(100)
 )
-sys.modules["qwen3_reranker.model.loading"] = types.SimpleNamespace(load_model=lambda **settings: model)
+stub = types.SimpleNamespace(load_model=lambda **settings: model)
+sys.modules["qwen3_reranker.model.loading"] = stub
 runtime = Runtime(model="model")
 _, engine = runtime.load()
 ids = np.array([1], np.int32)

@@ -13,13 +13,12 @@ from qwen3_reranker import ModelLoadError, Reranker
 from qwen3_reranker.checkpoint import embedded
 from qwen3_reranker.checkpoint.embedded import (
     ADAPTER,
-    EMBEDDED,
-    EMBEDDED_BASE,
     INSTALL,
     cache_folder,
     embedded_folder,
     find_gguf,
 )
+from qwen3_reranker.checkpoint.locate import EMBEDDED, EMBEDDED_BASE
 
 
 @pytest.fixture
@@ -146,8 +145,7 @@ class FakeModel:
 @pytest.fixture
 def convert(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Any:
     """Return a function that converts with a fake model."""
-    from qwen3_reranker.checkpoint import adapters
-    from qwen3_reranker.checkpoint import files
+    from qwen3_reranker.checkpoint import adapters, files
 
     def merge(full: FakeModel, adapter: Path) -> FakeModel:
         full.weights += f" + {adapter.name}"

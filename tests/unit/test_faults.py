@@ -13,8 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from qwen3_reranker import DocumentTooLargeError, NonFiniteScoreError, Qwen3RerankerError
-from qwen3_reranker.engine import forwards
-from qwen3_reranker.engine import request
+from qwen3_reranker.engine import forwards, request
 from qwen3_reranker.engine.engine import Engine
 from qwen3_reranker.engine.packing import Budget, Pack
 from qwen3_reranker.text.tokenizer import EncodedGroup

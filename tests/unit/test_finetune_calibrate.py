@@ -20,9 +20,9 @@ from finetune.cli import main
 from finetune.fitting import MIN_KEPT, calibrated, curve, fit, lowest, precision_at, quality
 from finetune.metrics import ScoredSet
 from qwen3_reranker import Calibration, DataError
-from qwen3_reranker.data.candidates import CandidateList
-from qwen3_reranker.cli.main import main as rerank
 from qwen3_reranker.call.results import probability
+from qwen3_reranker.cli.main import main as rerank
+from qwen3_reranker.data.candidates import CandidateList
 from tests import fakes
 
 TEMPERATURE, BIAS = 2.5, -0.7

@@ -302,7 +302,7 @@ def teach(monkeypatch: pytest.MonkeyPatch) -> Callable[[Judge], None]:
             yield judge
 
         monkeypatch.setattr(command, "_teacher", teacher)
-        monkeypatch.setattr(command.checkpoint, "stamp", lambda name: [(name, 1, 1)])
+        monkeypatch.setattr(command, "stamp", lambda name: [(name, 1, 1)])
 
     return put
 

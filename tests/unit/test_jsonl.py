@@ -15,9 +15,9 @@ import pytest
 
 from finetune.data import read_training_file
 from qwen3_reranker import DataError
-from qwen3_reranker.data.trec import _read_named, read_candidates, read_run
 from qwen3_reranker.data.documents import read_documents
 from qwen3_reranker.data.jsonl import Row, parse_rows, read_json, read_lines, read_rows
+from qwen3_reranker.data.trec import _read_named, read_candidates, read_run
 
 
 def write(tmp_path: Path, content: str | bytes, name: str = "rows.jsonl") -> str:

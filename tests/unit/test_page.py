@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from qwen3_reranker import RankedDocument
-from qwen3_reranker.ui import page
+from qwen3_reranker.call.results import probability, rank_documents
 from qwen3_reranker.data.demo_corpus import read_corpus
 from qwen3_reranker.data.documents import read_documents, split_documents
 from qwen3_reranker.text.prompt import TEMPLATES
-from qwen3_reranker.call.results import probability, rank_documents
+from qwen3_reranker.ui import page
 
 HOSTILE = [
     "<script>alert(1)</script>",

@@ -11,9 +11,9 @@ from starlette.responses import JSONResponse
 from starlette.testclient import TestClient
 from starlette.types import Receive, Scope, Send
 
-from qwen3_reranker.web import listening
 from qwen3_reranker.ui import guard
 from qwen3_reranker.ui.guard import BODY_BYTES, Click, PageGuard, Uploads, is_upload
+from qwen3_reranker.web import listening
 
 JOIN, RUN, UPLOAD = "/gradio_api/queue/join", "/gradio_api/run/predict", "/gradio_api/upload"
 

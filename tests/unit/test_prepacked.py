@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from qwen3_reranker.model import cpu_trials
-from qwen3_reranker.model import prepacked
+from qwen3_reranker.model import cpu_trials, prepacked
 from qwen3_reranker.model.cpu_trials import prepacking_pays
 from qwen3_reranker.model.prepacked import ERRORS, PrepackedLinear
 from tests.real_parts import skip_unless_packed

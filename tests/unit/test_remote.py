@@ -21,12 +21,22 @@ from typing import Any, ClassVar
 
 import pytest
 
-from qwen3_reranker import ClosedError, InputError, MissingExtraError, OverloadedError, Qwen3RerankerError, RankedDocument, RemoteError, RemoteProtocolError, RemoteReranker, TimedOutError
-from qwen3_reranker.client import servers
-from qwen3_reranker.client import http
+from qwen3_reranker import (
+    ClosedError,
+    InputError,
+    MissingExtraError,
+    OverloadedError,
+    Qwen3RerankerError,
+    RankedDocument,
+    RemoteError,
+    RemoteProtocolError,
+    RemoteReranker,
+    TimedOutError,
+)
+from qwen3_reranker.call.results import probability, verify_ranking
+from qwen3_reranker.client import http, servers
 from qwen3_reranker.client.servers import read_scores
 from qwen3_reranker.text.prompt import QWEN3_RERANKER
-from qwen3_reranker.call.results import probability, verify_ranking
 from tests.contract_model import Model, text
 from tests.fault_server import FaultServer, fault_server
 from tests.invariants import check_ranking
@@ -764,8 +774,8 @@ class TestSettings:
         assert server.connections == 0
 
     def test_without_httpx_the_extra_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for module in ("transport", "dialects", "remote"):
-            monkeypatch.delitem(sys.modules, f"qwen3_reranker.{module}")
+        for module in ("http", "servers", "remote"):
+            monkeypatch.delitem(sys.modules, f"qwen3_reranker.client.{module}")
         monkeypatch.setitem(sys.modules, "httpx", None)
         import qwen3_reranker
 

@@ -517,7 +517,7 @@ class Terminal(io.StringIO):
 def test_progress_is_shown_on_a_terminal_only(
     reranker: Reranker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwen3_reranker.call.waiting._PROGRESS_AFTER_S", 0)
+    monkeypatch.setattr("qwen3_reranker.engine.progress._PROGRESS_AFTER_S", 0)
     for stderr, is_shown in ((Terminal(), True), (io.StringIO(), False)):
         monkeypatch.setattr(sys, "stderr", stderr)
         reranker.rank(HIGH, [LOW, HIGH])
@@ -527,6 +527,6 @@ def test_progress_is_shown_on_a_terminal_only(
 def test_long_job_without_stderr_is_scored(
     reranker: Reranker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwen3_reranker.call.waiting._PROGRESS_AFTER_S", 0)
+    monkeypatch.setattr("qwen3_reranker.engine.progress._PROGRESS_AFTER_S", 0)
     monkeypatch.setattr(sys, "stderr", None)
     assert len(reranker.rank(HIGH, [LOW, HIGH])) == 2

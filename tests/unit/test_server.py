@@ -16,16 +16,23 @@ import pytest
 from fastapi import FastAPI
 from numpy.typing import NDArray
 
-from qwen3_reranker import DocumentTooLargeError, InputError, ModelLoadError, OverloadedError, Reranker, TimedOutError
-from qwen3_reranker.server import middleware as guard
+from qwen3_reranker import (
+    DocumentTooLargeError,
+    InputError,
+    ModelLoadError,
+    OverloadedError,
+    Reranker,
+    TimedOutError,
+)
 from qwen3_reranker.cli.main import main
+from qwen3_reranker.engine.packing import Pack
+from qwen3_reranker.server import middleware as guard
+from qwen3_reranker.server.app import Service, create_app, read_api_key
+from qwen3_reranker.server.metrics import Metrics
 from qwen3_reranker.server.middleware import Guard
+from qwen3_reranker.server.schemas import ServerLimits
 from qwen3_reranker.web.hosts import is_loopback
 from qwen3_reranker.web.listening import check_address
-from qwen3_reranker.server.metrics import Metrics
-from qwen3_reranker.engine.packing import Pack
-from qwen3_reranker.server.schemas import ServerLimits
-from qwen3_reranker.server.app import Service, create_app, read_api_key
 from tests import fakes
 
 QUERY = "red apple"

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from qwen3_reranker import ClosedError, ModelLoadError, RankedDocument, Reranker
+from qwen3_reranker.data.demo_corpus import read_sample
 from qwen3_reranker.engine import threads as owners
 from tests import fakes
 from tests.fakes import FRUIT, QUERY, head_ids
@@ -77,6 +78,7 @@ def test_model_is_loaded_once_by_the_first_call(loads: Loads) -> None:
         {
             "model": "model", "dtype": "bfloat16", "device": "cpu", "template": None,
             "adapter": None, "revision": None, "max_batch_tokens": 512, "exact": False,
+            "read_sample": read_sample,
         }
     ]  # fmt: skip
 

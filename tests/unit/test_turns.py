@@ -8,8 +8,8 @@ from concurrent.futures import CancelledError
 import pytest
 
 from qwen3_reranker import ClosedError
-from qwen3_reranker.text.steps import Steps
 from qwen3_reranker.engine.turns import Turns
+from qwen3_reranker.text.steps import Steps
 from tests.engines import TIMEOUT_S
 
 

@@ -12,8 +12,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from qwen3_reranker import InputError, ModelLoadError
 from qwen3_reranker.cli import vllm_command
 from qwen3_reranker.cli.main import _parser, main
-from qwen3_reranker.text.prompt import QWEN3_RERANKER
 from qwen3_reranker.cli.vllm_command import SCORE_TEMPLATE, vllm_settings
+from qwen3_reranker.text.prompt import QWEN3_RERANKER
 
 COMPOSE = Path(__file__).parents[2] / "recipes/vllm/compose.yaml"
 CAUSAL = {"architectures": ["Qwen3ForCausalLM"], "max_position_embeddings": 40960}

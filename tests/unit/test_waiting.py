@@ -18,8 +18,8 @@ from qwen3_reranker import (
     Reranker,
     TimedOutError,
 )
-from qwen3_reranker.engine.engine import Engine
 from qwen3_reranker.call.futures import LockFreeFuture
+from qwen3_reranker.engine.engine import Engine
 from qwen3_reranker.engine.packing import Budget, Pack
 from qwen3_reranker.engine.request import Scores
 from tests import fakes
@@ -195,7 +195,7 @@ def test_close_fails_calls_that_wait_and_finishes_the_forward_in_flight(
 
 
 def test_call_beside_a_bar_is_late_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwen3_reranker.call.waiting._is_watched", lambda: True)
+    monkeypatch.setattr("qwen3_reranker.engine.progress._is_watched", lambda: True)
     model = fakes.FakeModel(network=Slow(), budget=Budget(120))
     with fakes.loaded(monkeypatch, model):
         with pytest.raises(TimedOutError, match="not scored within timeout_s"):

@@ -27,6 +27,7 @@ from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, Query
 from pydantic.json_schema import SkipJsonSchema
 
 from qwen3_reranker import Calibration, InputError, RankedDocument, Scorer
+from qwen3_reranker.call.results import verify_ranking
 from qwen3_reranker.framework_settings import (
     PASSAGE,
     SPAN,
@@ -37,7 +38,6 @@ from qwen3_reranker.framework_settings import (
     rank_options,
     scorer_of,
 )
-from qwen3_reranker.call.results import verify_ranking
 from qwen3_reranker.text.windows import WindowScore
 
 Name = Annotated[str, BeforeValidator(as_name)]
