@@ -66,7 +66,8 @@ soak: .venv/test
 	$(BIN)/python -m tests.soak --minutes $(MINUTES)
 
 # Every branch of what no score may go wrong in, by its unit tests alone.
-COVERED = prompt unicode tokenization packing request faults engine turns futures waiting
+COVERED = text/prompt text/strings text/unicode text/tokenizer call/futures call/waiting engine/packing \
+	engine/request engine/forwards engine/engine engine/turns engine/progress
 BY = prompt vllm_command tokenization packing engine faults closing score_cache reranker waiting \
 	turns futures
 coverage: .venv/test

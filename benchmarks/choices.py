@@ -1,8 +1,8 @@
 """The measurements behind constants of the CPU: packs, attention, strips and sizes of matrices.
 
-Decides nothing itself; prints what `loading._CPU_BATCH_TOKENS`, `layers._STRIP`, `cpu.size_step`
-and the choices of `causal` were made by. Random weights and ids, process CPU seconds, minimum of
-interleaved rounds.
+Decides nothing itself; prints what `loading._CPU_BATCH_TOKENS`, `layers._STRIP`,
+`cpu_trials.size_step` and the choices of `attention_cpu` were made by. Random weights and ids,
+process CPU seconds, minimum of interleaved rounds.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from vllm import LLM, PoolingParams
 
-from qwen3_reranker.call.job import Job, Limits, Scored, align, encode_job
+from qwen3_reranker.call.encoding import Limits, align, encode_job
+from qwen3_reranker.call.job import Job, Scored
 from qwen3_reranker.call.verbs import BaseReranker
 from qwen3_reranker.cli.vllm_command import vllm_settings
 from qwen3_reranker.errors import ClosedError

@@ -32,7 +32,8 @@ from tokenizers import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "qwen3_reranker"
-MODULES = ("prompt", "tokenization", "packing")
+MODULES = {"prompt": "text/prompt", "tokenization": "text/tokenizer", "packing": "engine/packing"}
+"""File of each, by the name of its unit tests."""
 GOAL = 0.9
 TIMEOUT_S = 300
 _PATIENCE = 2
@@ -161,7 +162,7 @@ def is_left_alone(node: ast.AST) -> bool:
 
 def mutants(module: str) -> list[Mutant]:
     """Return every mutant of a module."""
-    source = (ROOT / PACKAGE / f"{module}.py").read_text(encoding="utf-8")
+    source = (ROOT / PACKAGE / f"{MODULES[module]}.py").read_text(encoding="utf-8")
     tree, lines, found = ast.parse(source), source.splitlines(), []
 
     def visit(node: ast.AST, path: list[tuple[str, int | None]]) -> None:
@@ -207,7 +208,7 @@ class _Stand(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def __init__(self, mutant: Mutant) -> None:
         self.name = f"{PACKAGE}.{mutant.module}"
-        self.file = str(ROOT / PACKAGE / f"{mutant.module}.py")
+        self.file = str(ROOT / PACKAGE / f"{MODULES[mutant.module]}.py")
         self.tree = mutant.tree
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:

@@ -366,7 +366,7 @@ def number(value: Any) -> float | None:
     """Return a number of Python or NumPy as a float, infinite if it is too large; None of others.
 
     Example:
-        >>> number(np.float32(0.5)), number(-(10**400)), number(True)
+        >>> number(0.5), number(-(10**400)), number(True)
         (0.5, -inf, None)
     """
     if _is(value, bool) or not _is(value, numbers.Real):

@@ -37,7 +37,7 @@ class YesNoCrossEncoder(torch.nn.Module):
         head: `W[yes] - W[no]` in float32 on the decoder's device, shape (hidden,).
         is_lean: Whether packs run through `layers`, which skips and overwrites what no score needs.
             Not for training: gradients need what is overwritten, hooks of layers would not run.
-        max_cached_tokens: Tokens of heads' beginnings that are kept, see `head_cache`.
+        max_cached_tokens: Tokens of heads' beginnings that are kept, see `prefix_cache`.
     """
 
     decoder: Any  # no type in transformers says what its decoders have in common

@@ -1,7 +1,7 @@
 """A rerank server on one model: `qwen3-reranker serve`.
 
-Decides the routes, and what becomes of a request whose client goes away. Shapes are `protocol`'s,
-admission is `guard`'s, and scoring is the reranker's.
+Decides the routes, and what becomes of a request whose client goes away. Shapes are `schemas`',
+admission is `middleware`'s, and scoring is the reranker's.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Service:
     def __init__(self, reranker: Reranker, name: str, limits: ServerLimits) -> None:
         self._reranker = reranker
         self._limits = limits
-        # Not Path's own, as in `checkpoint.locate`.
+        # Not Path's own, as in `checkpoint/locate.py`.
         path = os.path.expanduser(name)
         self.name = Path(path).resolve().name if os.path.exists(path) else name
         self.is_ready = False

@@ -1,8 +1,8 @@
 """The web page of a reranker, in Gradio: `qwen3-reranker ui`.
 
-Decides what is asked and what happens on a click. What is shown is `page`'s; which requests are
-answered is `page_guard`'s and `hosts`'. The page is for this machine: it listens to loopback only,
-asks nothing of any other host, and keeps uploaded files in a folder that goes when it ends.
+Decides what is asked and what happens on a click. `page` decides what is shown, `guard` and
+`web/hosts.py` which requests are answered. The page is for this machine: it listens to loopback
+only, asks nothing of any other host, and keeps uploaded files in a folder that goes when it ends.
 """
 
 from __future__ import annotations

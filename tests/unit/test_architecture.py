@@ -86,7 +86,7 @@ def arrows(*, top_level_only: bool) -> dict[tuple[str, str], set[str]]:
 
 
 def test_rooms_import_downwards_only() -> None:
-    """The order of `ROOMS` is one in which each imports earlier ones only, so there is no circle."""
+    """Each of `ROOMS` imports earlier ones only, so that there is no circle."""
     allowed = {(room, there) for room, may in ROOMS.items() for there in may.split()}
     order = list(ROOMS)
     assert all(order.index(there) < order.index(room) for room, there in allowed)
