@@ -389,6 +389,8 @@ def _is_of_torch(value: object, name: str) -> bool:
 def _holds_numbers(value: Any) -> bool:
     dtype = getattr(value, "dtype", None)
     if dtype is not None:
+        if str(dtype) == "float64" and len(value) == 0:
+            return False  # NumPy makes such an array of an empty list, whatever it was for
         return _is_of_torch(dtype, "dtype") or getattr(dtype, "kind", "O") not in "OUT"
     try:
         memoryview(value)  # bytearray, array.array

@@ -52,6 +52,8 @@ def written_whole(target: Path) -> Iterator[Path]:
 def remove_unfinished(folder: Path, name: str | None = None) -> None:
     """Remove what killed processes left in a folder, and nothing that one is writing.
 
+    A file system that several machines share must share its locks, too.
+
     Args:
         folder: Where `written_whole` was to put its target.
         name: Of that target; None for any.

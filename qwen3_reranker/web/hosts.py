@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ..errors import InputError, named
+
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
@@ -43,14 +45,27 @@ def host_name(header: str) -> str:
     return (parts.hostname or "").rstrip(".") if is_plain else ""
 
 
+def _checked_name(given: str) -> str:
+    name = host_name(given.strip())
+    if not name or "*" in name:
+        raise InputError(
+            f"an allowed host must be a name such as rerank.example, got {named(given)}, which no "
+            "request carries. Leave out scheme, path and wildcards, and give each name."
+        )
+    return name
+
+
 class AllowedHosts:
     """Passes on requests that name this server as it is known, and refuses others.
 
     Args:
         app: What answers.
-        names: Names beside those of loopback.
+        names: Names beside those of loopback; a port is passed over.
         refuse: Returns the response to a refused request, given what is wrong.
         only_own_pages: Refuse a request whose `Origin` is another site, as browsers send it.
+
+    Raises:
+        InputError: If a name is none that a request could carry.
     """
 
     def __init__(
@@ -62,7 +77,7 @@ class AllowedHosts:
         only_own_pages: bool = False,
     ) -> None:
         self._app = app
-        self._names = {name.lower() for name in (*LOOPBACK_NAMES, *names)}
+        self._names = {*LOOPBACK_NAMES, *map(_checked_name, names)}
         self._refuse = refuse
         self._only_own_pages = only_own_pages
 

@@ -6,6 +6,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
+from qwen3_reranker import InputError
 from qwen3_reranker.web.hosts import AllowedHosts, host_name
 
 
@@ -39,6 +40,18 @@ def test_names_can_be_added() -> None:
     added = client(names=["Rerank.Example"])
     assert added.get("/", headers={"Host": "rerank.example:80"}).status_code == 200
     assert added.get("/", headers={"Host": "other.example"}).status_code == 421
+
+
+def test_port_of_an_added_name_is_passed_over() -> None:
+    added = client(names=["rerank.example:8012", " [fe80::1] "])
+    for host in ("rerank.example", "rerank.example:80", "[fe80::1]:8012"):
+        assert added.get("/", headers={"Host": host}).status_code == 200
+
+
+@pytest.mark.parametrize("name", ["https://rerank.example", "*.example", "*", "", "a/b", "a@b"])
+def test_name_that_no_request_carries_is_refused_at_the_start(name: str) -> None:
+    with pytest.raises(InputError, match="an allowed host must be a name"):
+        client(names=[name])
 
 
 def test_two_hosts_are_refused() -> None:

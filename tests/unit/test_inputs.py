@@ -307,7 +307,7 @@ def test_mock_that_claims_a_class_is_refused_at_every_door(mock: Any, kind: type
 
 @pytest.mark.parametrize(
     "documents",
-    [bytearray(), memoryview(b""), array("d"), np.array([]), np.array([], np.int64), range(0),
+    [bytearray(), memoryview(b""), array("d"), np.array([], np.int64), range(0),
      np.array([], "M8[s]"), np.array([], bool), np.array([], "S3")],
 )  # fmt: skip
 def test_nothing_of_what_holds_no_texts_is_not_no_documents(documents: Any) -> None:
@@ -324,7 +324,8 @@ def test_nothing_of_torch_is_not_no_documents() -> None:
 
 
 @pytest.mark.parametrize(
-    "documents", [np.array([], str), np.array([], object), deque(), array("u")[:0].tolist()]
+    "documents",
+    [np.array([]), np.array([], str), np.array([], object), deque(), array("u")[:0].tolist()],
 )
 def test_nothing_of_what_could_hold_texts_is_no_documents(documents: Any) -> None:
     assert Reranker("model").rank("q", documents) == []

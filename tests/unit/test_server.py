@@ -352,7 +352,7 @@ async def test_limits_hold_at_n_and_not_at_n_and_one(model: fakes.FakeModel, ove
 async def test_room_is_made_beside_a_body_whose_time_has_just_ended() -> None:
     """Its task is told of it a turn of the loop later."""
     limits = ServerLimits(arriving_bytes=10)
-    guard = Guard(FastAPI(), api_key=None, limits=limits, known_paths=(), metrics=Metrics())
+    guard = Guard(FastAPI(), api_key=None, limits=limits, metrics=Metrics())
 
     async def end() -> None:
         async with asyncio.timeout(0) as ended, asyncio.timeout(60) as other:
