@@ -18,7 +18,7 @@ from typing import Any
 import transformers
 
 from qwen3_reranker import Reranker
-from qwen3_reranker.call import arguments as inputs
+from qwen3_reranker.call.arguments import check_template
 from qwen3_reranker.checkpoint.locate import locate
 from qwen3_reranker.errors import InputError, Qwen3RerankerError
 from qwen3_reranker.model import loading
@@ -81,7 +81,7 @@ def train(
         say = _nothing
     data = read_data(arguments, say)
     transformers.set_seed(training.seed)
-    template = inputs.template(arguments.template)
+    template = check_template(arguments.template)
     trainee = load_trainee(base, device=training.device, template=template)
     if arguments.adapter is not None:
         trainee.go_on_from(locate(arguments.adapter, None, "adapter")[0])

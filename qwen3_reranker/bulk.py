@@ -118,8 +118,8 @@ def _group(
             f"the columns of a batch must have one length, got {lengths}. A row is one of each; "
             "pass columns of one table."
         )
-    pairs = arguments.pairs(zip(columns["query"], columns["document"], strict=True))
-    instructions = arguments.instructions(columns.get(INSTRUCTION), len(pairs))
+    pairs = arguments.check_pairs(zip(columns["query"], columns["document"], strict=True))
+    instructions = arguments.check_instructions(columns.get(INSTRUCTION), len(pairs))
     rows = rows_by(zip(instructions, (query for query, _ in pairs), strict=True))
     documents = [[pairs[row][1] for row in group] for group in rows.values()]
     return list(rows), documents, list(rows.values())
@@ -131,7 +131,7 @@ def _column(batch: Mapping[str, Sequence[Any]], name: str) -> list[Any]:
             f"column {name} must be a list of strings, got {type(batch[name]).__name__}. Pass a "
             "list or an array, which can be read twice."
         )
-    return arguments.sequence(batch[name], f"column {name}", "strings")
+    return arguments.check_sequence(batch[name], f"column {name}", "strings")
 
 
 def _name_rows(message: str, positions: Sequence[Sequence[int]]) -> str:

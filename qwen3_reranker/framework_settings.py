@@ -109,7 +109,7 @@ def rank_options(settings: Settings) -> dict[str, Any]:
     Raises:
         InputError: If `top_n` or `score_threshold` cannot be used.
     """
-    arguments.cut(settings.top_n, settings.score_threshold)
+    arguments.check_cut(settings.top_n, settings.score_threshold)
     return {
         "instruction": settings.instruction,
         "top_n": settings.top_n,

@@ -107,12 +107,14 @@ class Reranker(BaseReranker):
         calibration: str | os.PathLike[str] | Calibration | None = None,
         exact: bool = False,
     ) -> None:
-        self._model = arguments.path("model", model)
+        self._model = arguments.check_path("model", model)
         super().__init__(instruction=instruction, timeout_s=None)
         self._limits = Limits(
-            arguments.positive_int("max_length", max_length),
-            arguments.window_score(window_score),
-            None if max_windows is None else arguments.positive_int("max_windows", max_windows),
+            arguments.check_positive_int("max_length", max_length),
+            arguments.check_window_score(window_score),
+            None
+            if max_windows is None
+            else arguments.check_positive_int("max_windows", max_windows),
         )
         if max_windows is not None and window_score is None:
             raise InputError(
@@ -120,22 +122,22 @@ class Reranker(BaseReranker):
                 "windows. Pass window_score='max' or 'mean', too."
             )
         if max_batch_tokens is not None:
-            arguments.positive_int("max_batch_tokens", max_batch_tokens)
+            arguments.check_positive_int("max_batch_tokens", max_batch_tokens)
         if max_cached_scores != 0:
-            arguments.positive_int("max_cached_scores", max_cached_scores)
+            arguments.check_positive_int("max_cached_scores", max_cached_scores)
         self._calibration = calibration_of(calibration) or UNCALIBRATED
         self._usage = Usage()
         self._usage_lock = threading.Lock()
         self._runtime: Runtime | None = Runtime(
             model=self._model,
-            dtype=arguments.dtype(dtype),
-            device=arguments.device(device),
-            template=arguments.template(template),
-            adapter=None if adapter is None else arguments.path("adapter", adapter),
-            revision=arguments.name_or_none("revision", revision),
+            dtype=arguments.check_dtype(dtype),
+            device=arguments.check_device(device),
+            template=arguments.check_template(template),
+            adapter=None if adapter is None else arguments.check_path("adapter", adapter),
+            revision=arguments.check_name("revision", revision),
             max_batch_tokens=max_batch_tokens,
             max_cached_scores=max_cached_scores,
-            exact=arguments.flag("exact", exact),
+            exact=arguments.check_flag("exact", exact),
         )
 
     @classmethod

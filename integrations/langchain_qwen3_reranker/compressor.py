@@ -126,12 +126,12 @@ class Qwen3Reranker(BaseDocumentCompressor):
         """
         if not isinstance(documents, str):
             documents = [d.page_content if isinstance(d, Document) else d for d in documents]
-        texts = arguments.documents(documents)
+        texts = arguments.check_documents(documents)
         options = rank_options(self)
         if instruction is not None:
             options["instruction"] = instruction
         if not isinstance(top_n, EllipsisType):
-            arguments.cut(top_n, None)
+            arguments.check_cut(top_n, None)
             options["top_n"] = top_n
         ranking = scorer_of(self).rank(query, texts, **options)
         verify_ranking(ranking, len(texts), options["top_n"], self.score_threshold)

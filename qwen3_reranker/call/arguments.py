@@ -27,7 +27,7 @@ _LONGEST_TIMEOUT_S = 1e9
 DTYPES = ("float32", "bfloat16", "float16", "int8", "nf4")
 
 
-def query(value: Any, name: str = "query") -> str:
+def check_query(value: Any, name: str = "query") -> str:
     """Return the query, a string that is not blank.
 
     Raises:
@@ -41,13 +41,13 @@ def query(value: Any, name: str = "query") -> str:
     return text
 
 
-def documents(value: Any, name: str = "documents") -> list[str]:
+def check_documents(value: Any, name: str = "documents") -> list[str]:
     """Return the documents as a list, of the caller's own objects where they are plain strings.
 
     Raises:
         InputError: If they are not strings in a list or another iterable with an order.
     """
-    items = sequence(value, name, "strings")
+    items = check_sequence(value, name, "strings")
     texts = [text for item in items if (text := plain(item)) is not None]
     if len(texts) < len(items):
         wrong = [i for i, item in enumerate(items) if plain(item) is None]
@@ -60,14 +60,16 @@ def documents(value: Any, name: str = "documents") -> list[str]:
     return texts
 
 
-def lists(queries: Any, documents_of: Any) -> tuple[list[str], list[list[str]]]:
+def check_lists(queries: Any, documents_of: Any) -> tuple[list[str], list[list[str]]]:
     """Return queries and, aligned with them, their documents.
 
     Raises:
-        InputError: If they are not aligned, or one is not what `query` or `documents` accepts.
+        InputError: If they are not aligned, or as `check_query` and `check_documents`.
     """
-    given = sequence(queries, "queries", "strings")
-    rows = sequence(documents_of, "documents", "lists of strings, one per query", dimensions=(1, 2))
+    given = check_sequence(queries, "queries", "strings")
+    rows = check_sequence(
+        documents_of, "documents", "lists of strings, one per query", dimensions=(1, 2)
+    )
     if len(given) != len(rows):
         raise InputError(
             f"queries and documents must be aligned, got {len(given)} queries and {len(rows)} "
@@ -80,22 +82,25 @@ def lists(queries: Any, documents_of: Any) -> tuple[list[str], list[list[str]]]:
             "each query as a list of their own."
         )
     return (
-        [query(item, "query" if is_single else f"queries[{i}]") for i, item in enumerate(given)],
         [
-            documents(row, "documents" if is_single else f"documents[{i}]")
+            check_query(item, "query" if is_single else f"queries[{i}]")
+            for i, item in enumerate(given)
+        ],
+        [
+            check_documents(row, "documents" if is_single else f"documents[{i}]")
             for i, row in enumerate(rows)
         ],
     )
 
 
-def pairs(value: Any) -> list[tuple[str, str]]:
+def check_pairs(value: Any) -> list[tuple[str, str]]:
     """Return (query, document) pairs.
 
     Raises:
         InputError: If an item is not a pair of strings, or a query is blank.
     """
     checked = []
-    for i, item in enumerate(sequence(value, "pairs", "(query, document) pairs")):
+    for i, item in enumerate(check_sequence(value, "pairs", "(query, document) pairs")):
         is_list = _is(item, tuple, list)
         if not is_list or len(item) != 2:
             count = f" of {len(item)}" if is_list else ""
@@ -109,11 +114,11 @@ def pairs(value: Any) -> list[tuple[str, str]]:
                 f"document of pairs[{i}] must be a string, got {type(item[1]).__name__}. Pass the "
                 "text itself."
             )
-        checked.append((query(item[0], f"query of pairs[{i}]"), document))
+        checked.append((check_query(item[0], f"query of pairs[{i}]"), document))
     return checked
 
 
-def instruction(value: Any, name: str = "instruction") -> str | None:
+def check_instruction(value: Any, name: str = "instruction") -> str | None:
     """Return the instruction; an empty string is taken literally, None means the default.
 
     Raises:
@@ -128,23 +133,23 @@ def instruction(value: Any, name: str = "instruction") -> str | None:
     return text
 
 
-def instructions(value: Any, num_queries: int) -> list[str | None]:
+def check_instructions(value: Any, num_queries: int) -> list[str | None]:
     """Return one instruction per query, from one for all or a list.
 
     Raises:
         InputError: If there are fewer or more than queries, or one is not a string or None.
     """
     if not _is(value, list, tuple):
-        return [instruction(value)] * num_queries
+        return [check_instruction(value)] * num_queries
     if len(value) != num_queries:
         raise InputError(
             f"instruction must be one string or one per query, got {len(value)} for "
             f"{num_queries} queries. Pass one string for all, or a string or None for each."
         )
-    return [instruction(item, f"instruction[{i}]") for i, item in enumerate(value)]
+    return [check_instruction(item, f"instruction[{i}]") for i, item in enumerate(value)]
 
 
-def cut(top_n: Any, score_threshold: Any) -> None:
+def check_cut(top_n: Any, score_threshold: Any) -> None:
     """Check how much of a ranking is kept.
 
     Raises:
@@ -155,7 +160,7 @@ def cut(top_n: Any, score_threshold: Any) -> None:
             f"top_n must be an integer of at least 1 or None, got {shown(top_n)}. Use None to keep "
             "every document."
         )
-    share = number(score_threshold)
+    share = to_float(score_threshold)
     if score_threshold is not None and (share is None or not 0 <= share <= 1):  # also NaN
         raise InputError(
             f"score_threshold must be between 0 and 1 or None, got {shown(score_threshold)}. "
@@ -163,7 +168,7 @@ def cut(top_n: Any, score_threshold: Any) -> None:
         )
 
 
-def name_or_none(name: str, value: Any) -> str | None:
+def check_name(name: str, value: Any) -> str | None:
     """Return a string that may be missing.
 
     Raises:
@@ -178,16 +183,16 @@ def name_or_none(name: str, value: Any) -> str | None:
     return text
 
 
-def device(value: Any) -> str | None:
+def check_device(value: Any) -> str | None:
     """Return a device's name, from the name or a torch device; the model's loading tries it.
 
     Raises:
         InputError: If it is neither, nor None.
     """
-    return str(value) if _is_of_torch(value, "device") else name_or_none("device", value)
+    return str(value) if _is_of_torch(value, "device") else check_name("device", value)
 
 
-def positive_int(name: str, value: Any) -> int:
+def check_positive_int(name: str, value: Any) -> int:
     """Return a count of at least 1.
 
     Raises:
@@ -203,7 +208,7 @@ def positive_int(name: str, value: Any) -> int:
     return count
 
 
-def choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     """Return one of some words.
 
     Raises:
@@ -218,7 +223,7 @@ def choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     return word
 
 
-def api_key(name: str, value: Any) -> str | None:
+def check_api_key(name: str, value: Any) -> str | None:
     """Return a key that an HTTP header can carry; it is never shown.
 
     Raises:
@@ -235,7 +240,7 @@ def api_key(name: str, value: Any) -> str | None:
     return key
 
 
-def flag(name: str, value: Any) -> bool:
+def check_flag(name: str, value: Any) -> bool:
     """Return a switch.
 
     Raises:
@@ -248,7 +253,7 @@ def flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def timeout(value: Any) -> float | None:
+def check_timeout(value: Any) -> float | None:
     """Return seconds, or None for no limit.
 
     Raises:
@@ -256,7 +261,7 @@ def timeout(value: Any) -> float | None:
     """
     if value is None:
         return None
-    seconds = number(value)
+    seconds = to_float(value)
     if seconds is None or not seconds > 0:  # also NaN
         raise InputError(
             f"timeout_s must be a number of seconds above 0 or None, got {shown(value)}. Use None "
@@ -266,7 +271,7 @@ def timeout(value: Any) -> float | None:
     return None if seconds > _LONGEST_TIMEOUT_S else seconds
 
 
-def window_score(value: Any) -> Any:
+def check_window_score(value: Any) -> Any:
     """Return how the scores of a long document's windows become one.
 
     Raises:
@@ -281,7 +286,7 @@ def window_score(value: Any) -> Any:
     return word
 
 
-def dtype(value: Any) -> str | None:
+def check_dtype(value: Any) -> str | None:
     """Return a dtype's name, from the name itself or a torch dtype.
 
     Raises:
@@ -299,7 +304,7 @@ def dtype(value: Any) -> str | None:
     return name
 
 
-def template(value: Any) -> PromptTemplate | None:
+def check_template(value: Any) -> PromptTemplate | None:
     """Return a template from itself or its id.
 
     Raises:
@@ -317,7 +322,7 @@ def template(value: Any) -> PromptTemplate | None:
     return TEMPLATES[name]
 
 
-def path(name: str, value: Any) -> str:
+def check_path(name: str, value: Any) -> str:
     """Return a Hub name or path as a string.
 
     Raises:
@@ -335,7 +340,7 @@ def path(name: str, value: Any) -> str:
     return text
 
 
-def sequence(
+def check_sequence(
     value: Any, name: str, content: str, *, dimensions: tuple[int, ...] = (1,)
 ) -> list[Any]:
     """Return the items of a list or another iterable with an order; they are not looked at.
@@ -362,11 +367,11 @@ def sequence(
     raise InputError(f"{name} must be a list of {content}, got {type(value).__name__}. {remedy}")
 
 
-def number(value: Any) -> float | None:
+def to_float(value: Any) -> float | None:
     """Return a number of Python or NumPy as a float, infinite if it is too large; None of others.
 
     Example:
-        >>> number(0.5), number(-(10**400)), number(True)
+        >>> to_float(0.5), to_float(-(10**400)), to_float(True)
         (0.5, -inf, None)
     """
     if _is(value, bool) or not _is(value, numbers.Real):

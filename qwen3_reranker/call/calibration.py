@@ -48,7 +48,7 @@ class Calibration:
     def __post_init__(self) -> None:
         for name in ("temperature", "bias"):
             value = getattr(self, name)
-            number = arguments.number(value)
+            number = arguments.to_float(value)
             lowest = 0 if name == "temperature" else -math.inf
             if number is None or not lowest < number < math.inf:  # also NaN
                 bound = " above 0" if name == "temperature" else ""
@@ -58,7 +58,7 @@ class Calibration:
                 )
             object.__setattr__(self, name, number)
         for name in ("fingerprint", "template_hash"):
-            text = arguments.name_or_none(f"{name} of a calibration", getattr(self, name))
+            text = arguments.check_name(f"{name} of a calibration", getattr(self, name))
             object.__setattr__(self, name, text)
 
     @classmethod

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from ..errors import Qwen3RerankerError
-from . import arguments as inputs
+from . import arguments
 from .job import Job, Scored, rank_all, rows_by
 from .results import RankedDocument
 
@@ -33,8 +33,8 @@ class BaseReranker(ABC):
     """
 
     def __init__(self, *, instruction: str | None, timeout_s: float | None) -> None:
-        self._instruction = inputs.instruction(instruction)
-        self._timeout_s = inputs.timeout(timeout_s)
+        self._instruction = arguments.check_instruction(instruction)
+        self._timeout_s = arguments.check_timeout(timeout_s)
 
     @abstractmethod
     def close(self) -> None:
@@ -81,7 +81,7 @@ class BaseReranker(ABC):
         (ranked,) = self.rank_many(
             [query],
             [documents],
-            instruction=inputs.instruction(instruction),
+            instruction=arguments.check_instruction(instruction),
             top_n=top_n,
             score_threshold=score_threshold,
             timeout_s=timeout_s,
@@ -103,8 +103,8 @@ class BaseReranker(ABC):
         Raises:
             Qwen3RerankerError: As `rank`.
         """
-        job = self._job([query], [documents], inputs.instruction(instruction), timeout_s)
-        inputs.cut(top_n, score_threshold)
+        job = self._job([query], [documents], arguments.check_instruction(instruction), timeout_s)
+        arguments.check_cut(top_n, score_threshold)
         try:
             scored = await self._ascore(job)
             (ranked,) = await off_loop(
@@ -145,7 +145,7 @@ class BaseReranker(ABC):
             Qwen3RerankerError: As `rank`.
         """
         job = self._job(queries, documents, instruction, timeout_s)
-        inputs.cut(top_n, score_threshold)
+        arguments.check_cut(top_n, score_threshold)
         try:
             return rank_all(job, self._score(job), top_n, score_threshold)
         except Qwen3RerankerError as error:
@@ -167,7 +167,7 @@ class BaseReranker(ABC):
         Raises:
             Qwen3RerankerError: As `rank`.
         """
-        job = self._job([query], [documents], inputs.instruction(instruction), timeout_s)
+        job = self._job([query], [documents], arguments.check_instruction(instruction), timeout_s)
         return self._score(job).probabilities
 
     async def ascore(
@@ -183,7 +183,7 @@ class BaseReranker(ABC):
         Raises:
             Qwen3RerankerError: As `rank`.
         """
-        job = self._job([query], [documents], inputs.instruction(instruction), timeout_s)
+        job = self._job([query], [documents], arguments.check_instruction(instruction), timeout_s)
         scored = await self._ascore(job)
         return await off_loop(job.num_documents, lambda: scored.probabilities)
 
@@ -242,23 +242,23 @@ class BaseReranker(ABC):
     def _job(self, queries: Any, documents: Any, instruction: Any, timeout_s: Any) -> Job:
         """Check everything a caller gave, before any work."""
         self._refuse_if_closed()
-        seconds = inputs.timeout(timeout_s)
+        seconds = arguments.check_timeout(timeout_s)
         if seconds is None:
             seconds = self._timeout_s
         deadline = None if seconds is None else monotonic() + seconds
-        queries, documents = inputs.lists(queries, documents)
+        queries, documents = arguments.check_lists(queries, documents)
         instructions = [
             self._instruction if given is None else given
-            for given in inputs.instructions(instruction, len(queries))
+            for given in arguments.check_instructions(instruction, len(queries))
         ]
         return Job(queries, documents, instructions, deadline)
 
     def _job_of_pairs(self, pairs: Any, instruction: Any, timeout_s: Any) -> Job:
         """Check pairs; those of equal queries become one list."""
-        checked = inputs.pairs(pairs)
+        checked = arguments.check_pairs(pairs)
         rows = rows_by(query for query, _ in checked)
         documents = [[checked[row][1] for row in places] for places in rows.values()]
-        job = self._job(list(rows), documents, inputs.instruction(instruction), timeout_s)
+        job = self._job(list(rows), documents, arguments.check_instruction(instruction), timeout_s)
         return replace(job, rows=list(rows.values()))
 
     def _unranked(self, job: Job, error: Qwen3RerankerError) -> list[list[RankedDocument]] | None:
@@ -266,8 +266,8 @@ class BaseReranker(ABC):
         return None
 
 
-async def off_loop(count: int, work: Callable[..., Result], *arguments: Any) -> Result:
+async def off_loop(count: int, work: Callable[..., Result], *args: Any) -> Result:
     """Do work on so many documents, in a thread where the event loop would feel it."""
     if count <= _FEW:
-        return work(*arguments)
-    return await asyncio.to_thread(work, *arguments)
+        return work(*args)
+    return await asyncio.to_thread(work, *args)

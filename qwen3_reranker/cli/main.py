@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..call import arguments as inputs
+from ..call.arguments import DTYPES, check_cut
 from ..call.results import cut_ranking
 from ..checkpoint.locate import EMBEDDED
 from ..data.candidates import CandidateList
@@ -166,7 +166,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_device_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtype", choices=inputs.DTYPES)
+    parser.add_argument("--dtype", choices=DTYPES)
     parser.add_argument("--device", help="such as cpu or cuda:1")
 
 
@@ -201,7 +201,7 @@ def _rank(arguments: argparse.Namespace) -> int:
 
 
 def _candidate_lists(arguments: argparse.Namespace) -> list[CandidateList]:
-    inputs.cut(arguments.top_n, arguments.threshold)
+    check_cut(arguments.top_n, arguments.threshold)
     if arguments.candidates is not None:
         if arguments.query is not None or arguments.document or arguments.documents is not None:
             raise InputError(

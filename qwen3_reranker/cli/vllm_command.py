@@ -77,7 +77,7 @@ def vllm_command(model: str, *, tensor_parallel_size: int = 1, port: int = 8000)
     """
     settings, template = vllm_settings(model)
     options = {**settings, "chat_template": str(template), "host": "127.0.0.1", "port": port}
-    if arguments.positive_int("tensor_parallel_size", tensor_parallel_size) > 1:
+    if arguments.check_positive_int("tensor_parallel_size", tensor_parallel_size) > 1:
         options["tensor_parallel_size"] = tensor_parallel_size
     words = ["vllm", "serve", model]
     for name, value in options.items():

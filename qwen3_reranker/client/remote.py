@@ -87,18 +87,18 @@ class RemoteReranker(BaseReranker):
         self._url = _checked_url(url)
         self._api_key = api_key
         self._settings: dict[str, Any] = {
-            "model": arguments.name_or_none("model", model),
+            "model": arguments.check_name("model", model),
             "instruction": self._instruction,
-            "prompt_mode": arguments.choice("prompt_mode", prompt_mode, ("server", "client")),
+            "prompt_mode": arguments.check_choice("prompt_mode", prompt_mode, ("server", "client")),
             "max_tokens_per_doc": None
             if max_tokens_per_doc is None
-            else arguments.positive_int("max_tokens_per_doc", max_tokens_per_doc),
+            else arguments.check_positive_int("max_tokens_per_doc", max_tokens_per_doc),
             "timeout_s": self._timeout_s,
-            "max_documents_per_request": arguments.positive_int(
+            "max_documents_per_request": arguments.check_positive_int(
                 "max_documents_per_request", max_documents_per_request
             ),
-            "max_in_flight": arguments.positive_int("max_in_flight", max_in_flight),
-            "on_error": arguments.choice("on_error", on_error, ("raise", "keep_order")),
+            "max_in_flight": arguments.check_positive_int("max_in_flight", max_in_flight),
+            "on_error": arguments.check_choice("on_error", on_error, ("raise", "keep_order")),
         }
         self._endpoint: Endpoint | None = self._share()
         self._has_warned = False
@@ -116,7 +116,7 @@ class RemoteReranker(BaseReranker):
 
     def _share(self) -> Endpoint:
         """Return the process's endpoint of these settings."""
-        api_key = arguments.api_key(
+        api_key = arguments.check_api_key(
             "api_key", self._api_key or os.environ.get(arguments.API_KEY_VARIABLE)
         )
         names = ("model", "prompt_mode", "max_tokens_per_doc")

@@ -84,7 +84,7 @@ def load_model(
 
     Args:
         model: Hub name, folder, or path of a GGUF file.
-        dtype: One of `inputs.DTYPES`, or None for the default of the device.
+        dtype: One of `call.arguments.DTYPES`, or None for the default of the device.
         device: A torch device, or None for CUDA where available, else CPU.
         template: The prompt, or None to take the adapter's or what the tokenizer can express.
         adapter: Folder or Hub name of LoRA weights, merged in float32.

@@ -355,7 +355,7 @@ def read_api_key(file: str | None) -> str | None:
     """
     if file is None:
         variable = arguments.API_KEY_VARIABLE
-        return arguments.api_key(variable, os.environ.get(variable))
+        return arguments.check_api_key(variable, os.environ.get(variable))
     try:
         key = Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -363,4 +363,4 @@ def read_api_key(file: str | None) -> str | None:
             f"the file of --api-key-file cannot be read ({type(error).__name__}). Pass a text file "
             "with the key."
         ) from error
-    return arguments.api_key("the key in the file of --api-key-file", key)
+    return arguments.check_api_key("the key in the file of --api-key-file", key)

@@ -259,7 +259,7 @@ def test_good_settings_are_accepted(settings: dict[str, Any]) -> None:
 def test_path_like_objects_are_taken_by_their_path(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (entry,) = os.scandir(tmp_path)
-    assert arguments.path("model", entry) == str(tmp_path / "model")
+    assert arguments.check_path("model", entry) == str(tmp_path / "model")
 
 
 @pytest.mark.parametrize("top_n", [None, 1, 10**9, np.int64(3)])
@@ -369,7 +369,7 @@ def test_word_of_several_is_never_compared_by_the_values_own_rules(value: Any) -
             Reranker(**{"model": "m", name: value})
         assert "CANARY" not in str(caught.value)
     with pytest.raises(InputError, match="way must be one of a, b"):
-        arguments.choice("way", value, ("a", "b"))
+        arguments.check_choice("way", value, ("a", "b"))
 
 
 def test_word_of_a_subclass_is_its_characters() -> None:
@@ -382,11 +382,11 @@ def test_word_of_a_subclass_is_its_characters() -> None:
     for name in ("window_score", "dtype", "template"):
         with pytest.raises(InputError, match=f"{name} must be"):
             Reranker(**{"model": "m", name: Liar("other")})
-    assert arguments.choice("way", Liar("b"), ("a", "b")) == "b"
-    assert type(arguments.path("model", Liar("folder"))) is str
+    assert arguments.check_choice("way", Liar("b"), ("a", "b")) == "b"
+    assert type(arguments.check_path("model", Liar("folder"))) is str
 
 
 @pytest.mark.parametrize("dtype", [str, object])
 def test_array_of_two_dimensions_is_a_list_of_each_querys_documents(dtype: Any) -> None:
     rows = [["a", "b"], ["c", "d"]]
-    assert arguments.lists(["q", "r"], np.array(rows, dtype)) == (["q", "r"], rows)
+    assert arguments.check_lists(["q", "r"], np.array(rows, dtype)) == (["q", "r"], rows)
