@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from qwen3_reranker import Reranker
 from qwen3_reranker.call.arguments import DTYPES
-from qwen3_reranker.call.results import in_order
 from qwen3_reranker.checkpoint.locate import stamp
 from qwen3_reranker.data.candidates import CandidateList
 from qwen3_reranker.data.trec import read_candidates
@@ -128,7 +127,7 @@ def saved_scores(served: Served, lists: Lists, output: Path) -> Scores:
 
 def score_list(reranker: Reranker, each: CandidateList) -> list[float]:
     """Return the log-odds of a list's candidates as the core serves them."""
-    return in_order(reranker.rank(each.query, each.texts, instruction=each.instruction))
+    return reranker.log_odds(each.query, each.texts, instruction=each.instruction)
 
 
 def score_each(

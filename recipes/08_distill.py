@@ -15,7 +15,6 @@ from pathlib import Path
 from finetune.cli import main as finetune
 from finetune.data import read_training_file
 from qwen3_reranker import Reranker
-from qwen3_reranker.call.results import in_order
 
 SUPPORT = Path(__file__).parent / "support"
 names = [*sys.argv[1:5], *[None] * 4][:4]
@@ -28,8 +27,7 @@ rows = read_training_file(str(rows_file)).groups
 with Reranker(teacher) as reranker, scored_file.open("w", encoding="utf-8") as file:
     for number, row in enumerate(rows, 1):
         documents = [*row.positive, *row.negative]
-        ranking = reranker.rank(row.query, documents, instruction=row.instruction)
-        log_odds = in_order(ranking)
+        log_odds = reranker.log_odds(row.query, documents, instruction=row.instruction)
         scores = {
             "positive": log_odds[: len(row.positive)],
             "negative": log_odds[len(row.positive) :],

@@ -187,6 +187,41 @@ class BaseReranker(ABC):
         scored = await self._ascore(job)
         return await off_loop(job.num_documents, lambda: scored.probabilities)
 
+    def log_odds(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        instruction: str | None = None,
+        timeout_s: float | None = None,
+    ) -> list[float]:
+        """Return logit(yes) - logit(no) of each document, aligned with the input.
+
+        These order documents where P("yes") is 1.0 for several, and are what thresholds, teachers
+        and metrics want. A calibration leaves them alone.
+
+        Raises:
+            Qwen3RerankerError: As `rank`.
+        """
+        job = self._job([query], [documents], arguments.check_instruction(instruction), timeout_s)
+        return self._score(job).log_odds[0]
+
+    async def alog_odds(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        instruction: str | None = None,
+        timeout_s: float | None = None,
+    ) -> list[float]:
+        """Return what `log_odds` returns without blocking the event loop.
+
+        Raises:
+            Qwen3RerankerError: As `rank`.
+        """
+        job = self._job([query], [documents], arguments.check_instruction(instruction), timeout_s)
+        return (await self._ascore(job)).log_odds[0]
+
     def score_pairs(
         self,
         pairs: Sequence[tuple[str, str]],

@@ -123,6 +123,10 @@ def test_rank_gives_the_servers_order(rank: Rank, reranker: RemoteReranker) -> N
 def test_every_verb_agrees(reranker: RemoteReranker) -> None:
     scores = reranker.score(QUERY, DOCUMENTS)
     assert asyncio.run(reranker.ascore(QUERY, DOCUMENTS)) == scores
+    log_odds = reranker.log_odds(QUERY, DOCUMENTS)
+    assert [probability(value) for value in log_odds] == pytest.approx(scores)
+    assert asyncio.run(reranker.alog_odds(QUERY, DOCUMENTS)) == log_odds
+    assert reranker.log_odds(QUERY, []) == []
     pairs = [(QUERY, DOCUMENTS[0]), ("another", DOCUMENTS[1]), (QUERY, DOCUMENTS[2])]
     assert reranker.score_pairs(pairs) == scores
     (one, two) = reranker.rank_many([QUERY, "another"], [DOCUMENTS, DOCUMENTS[:1]], top_n=1)

@@ -16,6 +16,7 @@ import pytest
 from numpy.typing import NDArray
 
 from qwen3_reranker import (
+    Calibration,
     ClosedError,
     DocumentTooLargeError,
     InputError,
@@ -25,6 +26,7 @@ from qwen3_reranker import (
     Scorer,
     Usage,
 )
+from qwen3_reranker.call.results import in_order
 from qwen3_reranker.engine.packing import Budget, Pack
 from tests import fakes
 from tests.fakes import FRUIT, QUERY, head_ids
@@ -192,6 +194,21 @@ def test_score_is_aligned_with_the_documents(reranker: Reranker) -> None:
     scores = reranker.score(QUERY, FRUIT)
     assert scores == pytest.approx([sigmoid(shared - 1.5) for shared in (0, 2, 1, 0, 1)])
     assert all(type(score) is float for score in scores)
+
+
+def test_log_odds_are_aligned_with_the_documents(reranker: Reranker) -> None:
+    expected = in_order(reranker.rank(QUERY, FRUIT))
+    assert reranker.log_odds(QUERY, FRUIT) == expected
+    assert asyncio.run(reranker.alog_odds(QUERY, FRUIT)) == expected
+    assert reranker.log_odds(QUERY, []) == []
+    with pytest.raises(InputError):
+        reranker.log_odds(QUERY, "fruit")
+
+
+def test_log_odds_are_the_models_own_beside_a_calibration(model: fakes.FakeModel) -> None:
+    calibrated = Reranker("model", calibration=Calibration(temperature=2.0, bias=-1.0))
+    assert calibrated.log_odds(QUERY, FRUIT) == Reranker("model").log_odds(QUERY, FRUIT)
+    assert calibrated.score(QUERY, FRUIT) != Reranker("model").score(QUERY, FRUIT)
 
 
 def test_score_pairs_is_aligned_for_interleaved_queries(
