@@ -70,7 +70,7 @@ class _TransientError(Exception):
         self.pause_s = pause_s
 
 
-class Connection:
+class HttpClient:
     """Reaches one server from any thread and event loop, over connections that all share.
 
     Args:
@@ -81,7 +81,7 @@ class Connection:
     def __init__(self, api_key: str | None, max_in_flight: int) -> None:
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._max_in_flight = max_in_flight
-        self._lines: dict[int, Line] = {}  # by process: a forked child needs its own
+        self._loops: dict[int, RequestLoop] = {}  # by process: a forked child needs its own
 
     def submit(
         self,
@@ -92,7 +92,7 @@ class Connection:
         """Begin work that makes requests.
 
         Args:
-            work: Coroutine function of the line it may use.
+            work: Coroutine function of the loop it may use.
             deadline: When it is given up, on the monotonic clock; None for never.
             on_done: Called once, by another thread, when there is a result or an error.
 
@@ -100,15 +100,15 @@ class Connection:
             Its future, which raises TimedOutError after the deadline. Abandoning it ends the work.
         """
         pid = os.getpid()
-        line = self._lines.get(pid)
-        if line is None:
-            line = Line(self._headers, self._max_in_flight)
-            weakref.finalize(self, line.stop)
-            line = self._lines.setdefault(pid, line)  # atomic: concurrent first calls share one
-        return line.submit(work, deadline, on_done)
+        loop = self._loops.get(pid)
+        if loop is None:
+            loop = RequestLoop(self._headers, self._max_in_flight)
+            weakref.finalize(self, loop.stop)
+            loop = self._loops.setdefault(pid, loop)  # atomic: concurrent first calls share one
+        return loop.submit(work, deadline, on_done)
 
 
-class Line:
+class RequestLoop:
     """A thread whose event loop makes one process's requests.
 
     The loop is its own, so that one pool serves every caller's loop and those without. A task of
@@ -150,7 +150,7 @@ class Line:
     def submit(
         self, work: Work[Result], deadline: float | None, on_done: Callable[[], object] | None
     ) -> LockFreeFuture[Result]:
-        """Begin work, as `Connection.submit`."""
+        """Begin work, as `HttpClient.submit`."""
         future = _Future[Result](self._loop, on_done)
         self._loop.call_soon_threadsafe(self._begin, future, work, deadline)
         if not self._is_running:
@@ -249,7 +249,7 @@ class Line:
         await self._client.aclose()
 
 
-Work: TypeAlias = Callable[[Line], Awaitable[Result]]
+Work: TypeAlias = Callable[[RequestLoop], Awaitable[Result]]
 
 
 class _Future(LockFreeFuture[Result]):

@@ -22,7 +22,7 @@ from ..call.results import RankedDocument
 from ..call.verbs import BaseReranker
 from ..call.waiting import await_until, wait_until
 from ..errors import ClosedError, InputError, Qwen3RerankerError
-from .http import Connection, Line, is_address
+from .http import HttpClient, RequestLoop, is_address
 from .servers import Endpoint, PromptMode, RemoteScore
 
 logger = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ class RemoteReranker(BaseReranker):
         with self._endpoints_lock:
             endpoint = self._endpoints.get(key)
             if endpoint is None:
-                endpoint = Endpoint(Connection(api_key, max_in_flight), url=self._url, **asked)
+                endpoint = Endpoint(HttpClient(api_key, max_in_flight), url=self._url, **asked)
                 self._endpoints[key] = endpoint
             return endpoint
 
@@ -149,7 +149,7 @@ class RemoteReranker(BaseReranker):
     ) -> LockFreeFuture[Scored]:
         endpoint = self._open_endpoint()
         work = partial(_score_job, endpoint, job, self._settings["max_documents_per_request"])
-        return endpoint.connection.submit(work, job.deadline, on_done)
+        return endpoint.client.submit(work, job.deadline, on_done)
 
     def _unranked(self, job: Job, error: Qwen3RerankerError) -> list[list[RankedDocument]] | None:
         """Return the documents as they came, if that is wanted and nobody's mistake."""
@@ -175,7 +175,7 @@ if hasattr(os, "register_at_fork"):
     )
 
 
-async def _score_job(endpoint: Endpoint, job: Job, size: int, line: Line) -> Scored:
+async def _score_job(endpoint: Endpoint, job: Job, size: int, loop: RequestLoop) -> Scored:
     """Score each prompt's distinct documents and align what came back with the job.
 
     A call has no more requests waiting than may be under way, so that a small one that comes while
@@ -187,10 +187,10 @@ async def _score_job(endpoint: Endpoint, job: Job, size: int, line: Line) -> Sco
 
     async def work() -> None:
         for prompt, documents in left:
-            scores = await endpoint.score(line, *prompt, documents, job.deadline)
+            scores = await endpoint.score(loop, *prompt, documents, job.deadline)
             known.update(zip([(prompt, text) for text in documents], scores, strict=True))
 
-    workers = [asyncio.create_task(work()) for _ in parts[: line.max_in_flight]]
+    workers = [asyncio.create_task(work()) for _ in parts[: loop.max_in_flight]]
     try:
         await asyncio.gather(*workers)
     finally:

@@ -17,7 +17,7 @@ from ..call.results import probability
 from ..errors import InputError, RemoteError, RemoteProtocolError
 from ..text.prompt import QWEN3_RERANKER
 from ..text.strings import repaired
-from .http import Connection, Line
+from .http import HttpClient, RequestLoop
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class Endpoint:
     """A server, asked what it understands by the first request.
 
     Args:
-        connection: How it is reached.
+        client: How it is reached.
         url: Its address, or that of its rerank path.
         model: Name sent with requests; None sends none.
         prompt_mode: Who puts the texts into the prompt.
@@ -75,14 +75,14 @@ class Endpoint:
 
     def __init__(
         self,
-        connection: Connection,
+        client: HttpClient,
         *,
         url: str,
         model: str | None,
         prompt_mode: PromptMode,
         max_tokens_per_doc: int | None,
     ) -> None:
-        self.connection = connection
+        self.client = client
         self._url = url.rstrip("/")
         self._model = model
         self._prompt_mode = prompt_mode
@@ -91,7 +91,7 @@ class Endpoint:
 
     async def score(
         self,
-        line: Line,
+        loop: RequestLoop,
         instruction: str | None,
         query: str,
         documents: Sequence[str],
@@ -100,7 +100,7 @@ class Endpoint:
         """Score documents with one request, when a place is free.
 
         Args:
-            line: Makes the request.
+            loop: Makes the request.
             instruction: Task sentence; None leaves it to the server.
             query: The query.
             documents: The documents.
@@ -108,25 +108,25 @@ class Endpoint:
 
         Raises:
             InputError: If the server does not read the instruction.
-            Qwen3RerankerError: As `Line.post`.
+            Qwen3RerankerError: As `RequestLoop.post`.
             RemoteProtocolError: If the reply is not one score for each document.
         """
-        async with line.places:
-            dialect = await self._ask(line, deadline)
+        async with loop.places:
+            dialect = await self._ask(loop, deadline)
             if instruction is not None and self._prompt_mode == "server":
                 _check_instruction_is_read(dialect)
             body = self._body(dialect.field, instruction, query, documents)
             if self._max_tokens_per_doc is not None:
                 body["max_tokens_per_doc"] = self._max_tokens_per_doc
-            answer = await line.post(dialect.url, body, deadline)
+            answer = await loop.post(dialect.url, body, deadline)
         return read_scores(answer, len(documents))
 
-    async def _ask(self, line: Line, deadline: float | None) -> Dialect:
+    async def _ask(self, loop: RequestLoop, deadline: float | None) -> Dialect:
         """Return what the server understands; concurrent first calls ask once."""
         if self._dialect is None:
-            async with line.first:
+            async with loop.first:
                 if self._dialect is None:
-                    self._dialect = await self._probe(partial(line.post, deadline=deadline))
+                    self._dialect = await self._probe(partial(loop.post, deadline=deadline))
         return self._dialect
 
     async def _probe(self, post: _Post) -> Dialect:
