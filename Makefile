@@ -60,10 +60,11 @@ ray: .venv/test
 ui: .venv/test .venv/ui
 	UI_SCREENSHOT=$(CURDIR)/docs/ui.png $(BIN)/python -m pytest -q -m "" tests/integration/test_ui.py
 
-# Threads and tasks through all paths at once, for MINUTES.
+# Threads and tasks through all paths at once, for MINUTES; then good and bad clients of a server.
 MINUTES ?= 30
 soak: .venv/test
 	$(BIN)/python -m tests.soak --minutes $(MINUTES)
+	$(BIN)/python -m tests.server_soak --minutes 5
 
 # Every branch of what no score may go wrong in, by its unit tests alone.
 COVERED = text/prompt text/strings text/unicode text/tokenizer call/futures call/waiting engine/packing \

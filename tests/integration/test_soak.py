@@ -30,4 +30,4 @@ def test_load_through_all_paths_is_exact_and_leaves_nothing(minutes: str) -> Non
 
 @pytest.mark.slow
 def test_server_survives_clients_that_misbehave() -> None:
-    check("tests.server_soak", "--seconds", "60")
+    check("tests.server_soak", "--minutes", "1")
