@@ -32,7 +32,7 @@ APART_S = 0.05
 LONG = [f"number {i} " + "of a long document " * 400 for i in range(1000)]
 LONG_TOKENS = 1600
 TELLING = (
-    "import sys; from qwen3_reranker import metrics; tell = metrics.Metrics.record_forward; "
+    "import sys; from qwen3_reranker.server import metrics; tell = metrics.Metrics.record_forward; "
     "metrics.Metrics.record_forward = lambda self, record: (tell(self, record), "
     "print('pack', record.run_s, record.tokens, flush=True)); "
     "from qwen3_reranker.cli.main import main; sys.exit(main())"

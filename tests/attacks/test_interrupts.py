@@ -82,7 +82,7 @@ def test_conversion_that_was_killed_leaves_nothing_and_is_done_again(tmp_path: P
     command = [
         sys.executable,
         "-c",
-        "from qwen3_reranker import embedded; embedded.embedded_folder()",
+        "from qwen3_reranker.checkpoint import embedded; embedded.embedded_folder()",
     ]
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
 
