@@ -117,7 +117,7 @@ def attack(
     )
     @given(drawn)
     def check(content: Any) -> None:
-        started = time.monotonic()
+        started = time.thread_time()  # of this thread: others have a share of the machine
         try:
             read(content)
             outcomes["accepted"] += 1
@@ -126,7 +126,7 @@ def attack(
             message = str(error)
             assert len(message) < 5000, "message without end"
             assert CANARY not in message or shows(message), message
-        assert time.monotonic() - started < SECONDS
+        assert time.thread_time() - started < SECONDS
 
     # What would take all the memory there is fails alone.
     before = resource.getrlimit(resource.RLIMIT_AS)
