@@ -81,9 +81,10 @@ coverage: .venv/test
 mutation: .venv/test
 	$(BIN)/python -m tests.mutation
 
-# The site, of README.md, the recipes and the docstrings; any broken link fails it.
+# The site, of README.md, the recipes and the docstrings; any broken link fails it. No --quiet here:
+# it hides warnings from --strict as well, so nothing would fail.
 docs: .venv/docs
-	NO_MKDOCS_2_WARNING=1 .venv/docs/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv/docs/bin/mkdocs build --strict
 	@echo "Built: site/index.html"
 
 # On a machine with CUDA, in the environment that is active.

@@ -1,54 +1,59 @@
-"""Puts files of the repository into the site, where the pages that link to them find them.
+"""Puts files of the repository into the site, at the paths they have there.
 
-README.md becomes the first page; recipes.md shows every numbered recipe as it is.
+README.md becomes the first page; docs/ is the site's root. Links are written for the repository, as
+GitHub resolves them, and are rewritten here.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+import re
+from os.path import normpath, relpath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 _LINKED = (
     "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "Dockerfile", "compose.yaml",
     "benchmarks/RESULTS.md",
 )  # fmt: skip
+_LINK = re.compile(r"(?<=\]\()(?!\w+:|#)[^)#\s]+")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add what README.md and the recipes' page need."""
-    files.append(File.generated(config, "index.md", content=_page("README.md")))
-    for name in _LINKED:
-        if name.endswith(".md"):
-            files.append(File.generated(config, name, content=_page(name)))
-        else:
-            files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
-    for path in sorted((ROOT / "recipes").rglob("*")):
-        if path.is_file() and "__pycache__" not in path.parts:
-            name = str(path.relative_to(ROOT))
+    """Add README.md and the files that pages link to."""
+    files.append(File.generated(config, "index.md", abs_src_path=str(ROOT / "README.md")))
+    recipes = [path for path in sorted((ROOT / "recipes").rglob("*")) if path.is_file()]
+    for path in [*(ROOT / name for name in _LINKED), *recipes]:
+        if "__pycache__" not in path.parts and path.name != "README.md":
+            name = path.relative_to(ROOT).as_posix()
             files.append(File.generated(config, name, abs_src_path=str(path)))
-    files.append(File.generated(config, "recipes.md", content=_recipes()))
+    files.append(File.generated(config, "recipes/README.md", content=_recipes()))
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Make links of a page in docs/ to the repository's root lead to the site's."""
-    return markdown.replace("](../", "](")
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    """Turn links between files of the repository into links between pages of the site."""
+    here = page.file.src_uri
+    in_docs = (ROOT / "docs" / here).exists()
+    source = "README.md" if here == "index.md" else f"docs/{here}" if in_docs else here
 
+    def on_site(link: re.Match[str]) -> str:
+        target = normpath(PurePosixPath(source).parent / link[0])
+        target = "index.md" if target == "README.md" else target.removeprefix("docs/")
+        return relpath(target, PurePosixPath(here).parent)
 
-def _page(name: str) -> str:
-    """Return a page of the repository as the site needs it, where `docs` is the root."""
-    text = (ROOT / name).read_text(encoding="utf-8")
-    return text.replace("](docs/", "](").replace("](../docs/", "](../")
+    return _LINK.sub(on_site, markdown)
 
 
 def _recipes() -> str:
-    lines = ["# Recipes", "", "Each runs as it is, and a test runs each.", ""]
+    """Return the table of recipes with every numbered recipe below it."""
+    lines = [(ROOT / "recipes/README.md").read_text(encoding="utf-8")]
     for path in sorted((ROOT / "recipes").glob("[0-9]*.py")):
         text = path.read_text(encoding="utf-8")
         title = text.splitlines()[0].lstrip('r"').rstrip(".")
-        lines += [f"## {title}", "", f"[{path.name}](recipes/{path.name})", "",
+        lines += [f"## {title}", "", f"[{path.name}]({path.name})", "",
                   "```python", text.rstrip(), "```", ""]  # fmt: skip
     return "\n".join(lines)

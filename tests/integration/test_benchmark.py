@@ -331,8 +331,8 @@ def test_command_shows_what_is_compared_with_what(
 ) -> None:  # fmt: skip
     prompts = tmp_path / "prompts.json"
     prompts.write_text('{"Vegetables": {"query": "Find roots", "passage": ""}}')
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (shown,) = re.findall(r"^qwen3-finetune (.* --benchmark) (NanoBEIR.*)$", readme, re.MULTILINE)
+    guide = (ROOT / "docs/finetuning/evaluate.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"^qwen3-finetune (.* --benchmark) (NanoBEIR.*)$", guide, re.MULTILINE)
     command = " MTEB-R ".join(shown).replace("Qwen/Qwen3-Reranker-0.6B", str(checkpoint()))
     flags = ["--task_prompts", str(prompts), "--output_dir", str(tmp_path / "out")]
     assert main([*command.split(), *flags]) == 0

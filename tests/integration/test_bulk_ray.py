@@ -116,12 +116,12 @@ def test_two_actors_score_what_one_process_does(
     assert f"{FILES} of them scored already" in run(pairs, output, model)
 
 
-def test_readme_block_scores_what_one_process_does(
+def test_block_of_the_guide_scores_what_one_process_does(
     checkpoint: Callable[..., Path], pairs: Path, tmp_path: Path
 ) -> None:
     (block,) = re.findall(
         r"^```python\n(import ray\n.*?)^```",
-        (ROOT / "README.md").read_text(),
+        (ROOT / "docs/bulk.md").read_text(),
         re.DOTALL | re.MULTILINE,
     )
     (tmp_path / "pairs").mkdir()

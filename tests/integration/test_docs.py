@@ -23,14 +23,30 @@ CASES = re.findall(
 
 
 PAGES = [
-    *ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md"),
+    *ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md"),
+    *ROOT.glob("recipes/*.md"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
-def test_links_lead_to_files(page: Path) -> None:
-    for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
-        assert (page.parent / link).exists(), link
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_links_lead_to_files_and_titles(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8"))
+    for name, anchor in links:
+        target = page.parent / name if name else page
+        assert target.exists(), name
+        if anchor:
+            titles = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = [re.sub("[^a-z0-9 -]", "", t.lower()).replace(" ", "-") for t in titles]
+            assert anchor in slugs, f"{name}#{anchor}"
+
+
+def test_navigation_has_every_page() -> None:
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
+    listed = re.findall(r"[\w/-]+\.md", nav)
+    assert len(listed) == len(set(listed))
+    docs = {str(page.relative_to(ROOT / "docs")) for page in ROOT.glob("docs/**/*.md")}
+    others = {str(page.relative_to(ROOT)) for page in PAGES if "docs" not in page.parts}
+    assert set(listed) == docs | (others - {"README.md"}) | {"index.md"}
 
 
 def test_api_pages_name_what_there_is() -> None:

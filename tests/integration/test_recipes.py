@@ -26,6 +26,11 @@ def test_recipes_are_short() -> None:
     assert all(len(recipe.read_text().splitlines()) <= 80 for recipe in RECIPES)
 
 
+def test_table_lists_every_recipe() -> None:
+    table = (RECIPES[0].parent / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| \[(.*?)\]\(\1\)", table, re.MULTILINE) == [r.name for r in RECIPES]
+
+
 SUPPORT = RECIPES[0].parent / "support"
 TRAINING = ("08_distill.py", "09_merge.py", "12_own_domain.py", "13_calibrate.py")
 """Hear warnings of other libraries."""

@@ -96,7 +96,7 @@ def test_console_script_works_beside_the_users_own_finetune(installed: Path, for
 
 
 def test_module_form_is_shadowed_by_the_users_own_finetune(installed: Path, foreign: Path) -> None:
-    # Python's rule, not ours: the README names it. Elsewhere the module form works.
+    # Python's rule, not ours: docs/finetuning/README.md names it. Elsewhere the module form works.
     done = run([sys.executable, "-m", "finetune"], installed=installed, cwd=foreign)
     assert "usage: qwen3-finetune" not in done.stderr
     done = run([sys.executable, "-m", "finetune"], installed=installed, cwd=foreign.parent)
