@@ -1,6 +1,6 @@
 """Stand-ins for a model: deterministic, and small enough to work out by hand.
 
-The tokenizer, packing and engine beside them are the real ones.
+Packing and engine beside them are the real ones, and so is `PromptTokenizer`, over few words.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qwen3_reranker.engine.engine import Engine
 from qwen3_reranker.engine.packing import Budget, Pack
 from qwen3_reranker.runtime import Runtime
 from qwen3_reranker.text.tokenizer import PromptTokenizer
-from tests import real_parts
+from tests.small_tokenizer import small_tokenizer_json
 
 QUERY = "red apple"
 # Words shared with the query: 0, 2, 1, 0, 1.
@@ -29,14 +29,14 @@ FRUIT = ["green pear", "red apple", "red pear", "blue plum", "green apple"]
 
 
 @cache
-def qwen3_tokenizer() -> PromptTokenizer:
-    """Return the real Qwen3 tokenizer, built once per process."""
-    return PromptTokenizer(real_parts.qwen3_tokenizer_file().read_text(encoding="utf-8"))
+def small_tokenizer() -> PromptTokenizer:
+    """Return the small tokenizer with the official prompt, built once per process."""
+    return PromptTokenizer(small_tokenizer_json())
 
 
 def head_ids(instruction: str | None, query: str) -> list[int]:
     """Return the ids that stand before every document."""
-    group = qwen3_tokenizer().encode_group(instruction, query, [], max_length=8192)
+    group = small_tokenizer().encode_group(instruction, query, [], max_length=8192)
     return [int(id) for id in group.head]
 
 
@@ -49,7 +49,7 @@ class FakeNetwork:
     def score(self, pack: Pack) -> NDArray[np.float32]:
         """Return the log-odds of a pack and remember it."""
         self.packs.append(pack)
-        num_suffix = len(qwen3_tokenizer().suffix)
+        num_suffix = len(small_tokenizer().suffix)
         log_odds = []
         for span in pack.spans:
             head = set(pack.token_ids[span.head].tolist())
@@ -73,7 +73,7 @@ class FakeModel:
     """Has what the facade and the runtime read of a `LoadedModel`."""
 
     network: Any = field(default_factory=FakeNetwork)
-    tokenizer: PromptTokenizer = field(default_factory=qwen3_tokenizer)
+    tokenizer: PromptTokenizer = field(default_factory=small_tokenizer)
     max_positions: int = 40960
     budget: Budget = field(default_factory=lambda: Budget(2048))
     backend: str = "documents"

@@ -207,7 +207,7 @@ class _Stand(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Imports a mutant in the place of its module."""
 
     def __init__(self, mutant: Mutant) -> None:
-        self.name = f"{PACKAGE}.{mutant.module}"
+        self.name = f"{PACKAGE}.{MODULES[mutant.module].replace('/', '.')}"
         self.file = str(ROOT / PACKAGE / f"{MODULES[mutant.module]}.py")
         self.tree = mutant.tree
 
@@ -260,9 +260,9 @@ def _run_tests(mutant: Mutant | None, module: str) -> None:
 
 
 def _build_tokenizers() -> None:
-    from tests import real_parts
+    from tests.small_tokenizer import small_tokenizer_json
 
-    content = real_parts.qwen3_tokenizer_file().read_text(encoding="utf-8")
+    content = small_tokenizer_json()
     plain = {**json.loads(content), "added_tokens": [], "post_processor": None}
     for state in (content, json.dumps(plain)):
         _Tokenizers.from_str(state)

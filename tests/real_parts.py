@@ -14,8 +14,12 @@ import json
 import os
 import shutil
 import tempfile
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qwen3_reranker.text.tokenizer import PromptTokenizer
 
 CACHE = Path(__file__).parent / ".cache"
 
@@ -38,9 +42,18 @@ def qwen3_tokenizer_file() -> Path:
     """Return a `tokenizer.json` equal in content to Qwen3's own, built once."""
     target = CACHE / "qwen3" / "tokenizer.json"
     if not target.exists():
-        vocabulary = _installed_file("dashscope", "dashscope/resources/qwen.tiktoken")
-        _write(target, json.dumps(_tokenizer_state(vocabulary), ensure_ascii=False))
+        file = _installed_file("dashscope", "dashscope/resources/qwen.tiktoken")
+        state = tokenizer_state(*_read_vocabulary(file))
+        _write(target, json.dumps(state, ensure_ascii=False))
     return target
+
+
+@cache
+def qwen3_tokenizer() -> PromptTokenizer:
+    """Return Qwen3's tokenizer with the official prompt, built once per process."""
+    from qwen3_reranker.text.tokenizer import PromptTokenizer
+
+    return PromptTokenizer(qwen3_tokenizer_file().read_text(encoding="utf-8"))
 
 
 def skip_unless_packed(dtype: Any) -> None:
@@ -211,14 +224,14 @@ def _installed_file(distribution: str, path: str) -> Path:
     return file
 
 
-def _tokenizer_state(vocabulary: Path) -> dict[str, Any]:
-    """Rebuild a byte-level BPE model from a tiktoken vocabulary, ranks being ids.
+def _read_vocabulary(file: Path) -> tuple[dict[str, int], list[list[str]]]:
+    """Return vocabulary and merges of a byte-level BPE from a tiktoken file, ranks being ids.
 
     A token's merge is the last pair left when its bytes are merged by all lower ranks.
     """
-    lines = vocabulary.read_bytes().splitlines()
+    lines = file.read_bytes().splitlines()
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
-    letters = _byte_letters()
+    letters = byte_letters()
 
     def spell(token: bytes) -> str:
         return "".join(letters[byte] for byte in token)
@@ -226,14 +239,18 @@ def _tokenizer_state(vocabulary: Path) -> dict[str, Any]:
     merges = [
         [spell(part) for part in _last_pair(ranks, token)] for token in ranks if len(token) > 1
     ]
-    first = len(ranks)
+    return {spell(token): rank for token, rank in ranks.items()}, merges
+
+
+def tokenizer_state(vocabulary: dict[str, int], merges: list[list[str]]) -> dict[str, Any]:
+    """Return Qwen3's `tokenizer.json` with a vocabulary; the added tokens' ids follow its own."""
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [
             {
-                "id": first + i,
+                "id": len(vocabulary) + i,
                 "content": content,
                 "single_word": False,
                 "lstrip": False,
@@ -267,7 +284,7 @@ def _tokenizer_state(vocabulary: Path) -> dict[str, Any]:
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": False,
-            "vocab": {spell(token): rank for token, rank in ranks.items()},
+            "vocab": vocabulary,
             "merges": merges,
         },
     }
@@ -292,7 +309,7 @@ def _last_pair(ranks: dict[bytes, int], token: bytes) -> list[bytes]:
     return parts
 
 
-def _byte_letters() -> list[str]:
+def byte_letters() -> list[str]:
     """Return GPT-2's printable letter for each byte."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = {byte: chr(byte) for byte in printable}

@@ -25,6 +25,7 @@ from qwen3_reranker.text.steps import Steps
 from tests import fakes
 from tests.attacks.limits import bounded
 from tests.fakes import FRUIT, QUERY
+from tests.real_parts import qwen3_tokenizer
 
 pytestmark = pytest.mark.attack
 
@@ -42,7 +43,7 @@ class Slow(fakes.FakeNetwork):
 
 def test_few_documents_beside_a_crowd_with_many(monkeypatch: pytest.MonkeyPatch) -> None:
     long = [f"number {i} " + "of a long document " * 400 for i in range(1000)]
-    with fakes.loaded(monkeypatch, fakes.FakeModel(Slow(), budget=Budget(4096))):
+    with fakes.loaded(monkeypatch, fakes.FakeModel(Slow(), qwen3_tokenizer(), budget=Budget(4096))):
         reranker = Reranker("model", max_length=2048)
         reranker.score(QUERY, FRUIT)
 
@@ -74,7 +75,7 @@ def test_few_documents_beside_a_crowd_with_many(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_small_call_is_not_behind_a_long_query(monkeypatch: pytest.MonkeyPatch) -> None:
-    with fakes.loaded(monkeypatch, fakes.FakeModel()):
+    with fakes.loaded(monkeypatch, fakes.FakeModel(tokenizer=qwen3_tokenizer())):
         reranker = Reranker("model")
         reranker.score(QUERY, FRUIT)
 
@@ -134,7 +135,9 @@ def test_large_call_leaves_the_loop_free(
         await asyncio.sleep(0)
 
     within = []
-    with fakes.loaded(monkeypatch, fakes.FakeModel(budget=Budget(8192))):
+    with fakes.loaded(
+        monkeypatch, fakes.FakeModel(tokenizer=qwen3_tokenizer(), budget=Budget(8192))
+    ):
         reranker = Reranker("model")
         for _ in range(5):
             longest = 0.0

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from qwen3_reranker import InputError
 from qwen3_reranker.text.steps import finish
 from tests.attacks.limits import bounded
-from tests.fakes import qwen3_tokenizer
+from tests.real_parts import qwen3_tokenizer
 
 pytestmark = pytest.mark.attack
 

@@ -21,7 +21,8 @@ import pytest
 
 from qwen3_reranker import Qwen3RerankerError, Reranker
 from tests.attacks.limits import bounded
-from tests.fakes import FRUIT, QUERY, qwen3_tokenizer
+from tests.fakes import FRUIT, QUERY
+from tests.real_parts import qwen3_tokenizer
 from tests.servers import serving
 
 pytestmark = pytest.mark.attack

@@ -299,11 +299,9 @@ def test_command_line_quotes_no_text_of_a_bad_call(capsys: pytest.CaptureFixture
 
 def test_scores_kept_for_later_hold_no_text() -> None:
     network = fakes.FakeNetwork()
-    tokenizer = fakes.qwen3_tokenizer()
-    engine = Engine(
-        network.score, backend="documents", budget=fakes.FakeModel().budget, max_cached_scores=9
-    )
-    group = tokenizer.encode_group(CANARY, CANARY, [CANARY], max_length=512)
+    model = fakes.FakeModel()
+    engine = Engine(network.score, backend="documents", budget=model.budget, max_cached_scores=9)
+    group = model.tokenizer.encode_group(CANARY, CANARY, [CANARY], max_length=512)
     engine.submit([group]).result(10)
     engine.close()
     assert engine._known is not None

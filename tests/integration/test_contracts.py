@@ -29,7 +29,7 @@ from tests import real_parts
 from tests.contract_compressor import CompressorContract
 from tests.contract_model import Model
 from tests.contract_postprocessor import PostprocessorContract
-from tests.fakes import FakeModel, loaded, qwen3_tokenizer
+from tests.fakes import FakeModel, loaded
 from tests.fault_server import FaultServer, fault_server
 
 
@@ -91,7 +91,7 @@ class ReadingNetwork:
     def __init__(self) -> None:
         self.model = Model()
         self._decode = control_tokenizer().decode
-        self._num_suffix = len(qwen3_tokenizer().suffix)
+        self._num_suffix = len(real_parts.qwen3_tokenizer().suffix)
 
     def score(self, pack: Pack) -> NDArray[np.float32]:
         (span,) = pack.spans
@@ -105,7 +105,7 @@ class ReadingNetwork:
 @pytest.fixture
 def network(monkeypatch: pytest.MonkeyPatch) -> Iterator[ReadingNetwork]:
     network = ReadingNetwork()
-    with loaded(monkeypatch, FakeModel(network=network)):
+    with loaded(monkeypatch, FakeModel(network, real_parts.qwen3_tokenizer())):
         yield network
 
 

@@ -27,7 +27,7 @@ from qwen3_reranker import (
 from qwen3_reranker.engine.engine import Engine
 from qwen3_reranker.engine.packing import Budget, Pack
 from qwen3_reranker.model.loading import load_model
-from tests import fakes, texts
+from tests import fakes, real_parts, texts
 from tests.invariants import check_ranking
 
 LONGEST_GAP_S = 0.05
@@ -89,7 +89,7 @@ async def longest_gap(reranker: Reranker, document: str) -> float:
 async def test_event_loop_runs_on_while_a_million_characters_are_scored(
     monkeypatch: pytest.MonkeyPatch, name: str, max_length: int
 ) -> None:
-    with fakes.loaded(monkeypatch, fakes.FakeModel()):
+    with fakes.loaded(monkeypatch, fakes.FakeModel(tokenizer=real_parts.qwen3_tokenizer())):
         reranker = Reranker("model", max_length=max_length)
         gap = await longest_gap(reranker, texts.long_families(MILLION)[name])
     print(f"{name} to {max_length} tokens: longest gap of the event loop {1000 * gap:.1f} ms")
@@ -101,7 +101,7 @@ async def test_event_loop_runs_on_while_a_million_characters_are_scored(
 async def test_event_loop_runs_on_while_a_million_characters_are_read_in_windows(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    with fakes.loaded(monkeypatch, fakes.FakeModel()):
+    with fakes.loaded(monkeypatch, fakes.FakeModel(tokenizer=real_parts.qwen3_tokenizer())):
         reranker = Reranker("model", window_score="max")
         gap = await longest_gap(reranker, texts.long_families(MILLION)[name])
     print(f"{name} in windows: longest gap of the event loop {1000 * gap:.1f} ms")
@@ -115,7 +115,7 @@ async def test_control_an_encoder_that_holds_the_interpreter_stops_the_loop(
         def encode_batch_fast(self, texts: Sequence[str], **settings: Any) -> list[Any]:
             return [plain.encode(text, **settings) for text in texts]
 
-    tokenizer = fakes.qwen3_tokenizer()
+    tokenizer = real_parts.qwen3_tokenizer()
     plain = tokenizer._plain
     monkeypatch.setattr(tokenizer, "_plain", Holding())
     with fakes.loaded(monkeypatch, fakes.FakeModel(tokenizer=tokenizer)):
@@ -187,7 +187,7 @@ def test_full_queue_answers_within_ten_milliseconds() -> None:
         return np.zeros(len(pack.last_tokens), np.float32)
 
     engine = Engine(score, backend="fake", budget=Budget(100), max_waiting=200)
-    group = fakes.qwen3_tokenizer().encode_group(None, "q", ["d"] * 100, max_length=512)
+    group = real_parts.qwen3_tokenizer().encode_group(None, "q", ["d"] * 100, max_length=512)
     seconds = []
     try:
         for _ in range(201):

@@ -199,7 +199,7 @@ def test_rank_passes_the_instruction_on(
     other = {"query": QUERY, "candidates": [{"text": "a"}]}
     ranked(capsys, "-c", write(tmp_path, "c.jsonl", jsonl(own, other)), "-i", "Find code")
     assert model.network.heads == [
-        fakes.qwen3_tokenizer().encode_group(text, QUERY, [], max_length=999).head.tolist()
+        fakes.small_tokenizer().encode_group(text, QUERY, [], max_length=999).head.tolist()
         for text in ("Find law", "Find code")
     ]
 

@@ -49,7 +49,7 @@ def sigmoid(log_odds: float) -> float:
 
 def num_tokens(query: str, documents: list[str]) -> int:
     """Return the tokens of one head and of every document given."""
-    group = fakes.qwen3_tokenizer().encode_group(None, query, documents, max_length=8192)
+    group = fakes.small_tokenizer().encode_group(None, query, documents, max_length=8192)
     return len(group.head) + sum(map(len, group.documents))
 
 
@@ -255,7 +255,7 @@ def test_errors_name_what_the_caller_passed(
     name: str,
     error: type[Exception],
 ) -> None:
-    tokenizer = fakes.qwen3_tokenizer()
+    tokenizer = fakes.small_tokenizer()
     (document,) = tokenizer.encode_group(None, "q", ["needle"], max_length=999).documents
     needle = set(document[: -len(tokenizer.suffix)].tolist())
 

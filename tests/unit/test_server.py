@@ -97,7 +97,7 @@ async def test_rerank_answers_sorted_with_usage_and_meta(
     assert [r["log_odds"] for r in answer["results"]] == [r.log_odds for r in ranking]
     assert [r["truncated"] for r in answer["results"]] == [False] * 3
     assert all("document" not in result for result in answer["results"])
-    group = fakes.qwen3_tokenizer().encode_group(None, QUERY, FRUIT, max_length=8192)
+    group = fakes.small_tokenizer().encode_group(None, QUERY, FRUIT, max_length=8192)
     tokens = 3 * len(group.head) + sum(map(len, group.documents))
     assert answer["usage"] == {"prompt_tokens": tokens, "total_tokens": tokens}
     assert answer["meta"]["tokens"] == {"input_tokens": tokens, "output_tokens": 0}
@@ -134,7 +134,7 @@ async def test_instruction_reaches_the_prompt(
     client: httpx.AsyncClient, model: fakes.FakeModel
 ) -> None:
     await rerank(client, instruction="Find fruit")
-    expected = fakes.qwen3_tokenizer().encode_group("Find fruit", QUERY, [], max_length=8192).head
+    expected = fakes.small_tokenizer().encode_group("Find fruit", QUERY, [], max_length=8192).head
     assert model.network.heads == [expected.tolist()]
 
 
@@ -143,7 +143,7 @@ async def test_server_instruction_is_for_requests_without_one(model: fakes.FakeM
         await rerank(client)
         await rerank(client, instruction=None)
         await rerank(client, instruction="")
-    encode = fakes.qwen3_tokenizer().encode_group
+    encode = fakes.small_tokenizer().encode_group
     heads = [encode(i, QUERY, [], max_length=8192).head.tolist() for i in ("Find fruit", "")]
     assert model.network.heads == [heads[0], heads[0], heads[1]]
 
@@ -157,7 +157,7 @@ async def test_max_tokens_per_doc_cuts_and_says_so(
         client, documents=documents, max_tokens_per_doc=max_tokens, return_documents=True
     )
     (pack,) = model.network.packs
-    num_suffix = len(fakes.qwen3_tokenizer().suffix)
+    num_suffix = len(fakes.small_tokenizer().suffix)
     lengths = {place.stop - place.start - num_suffix for place in pack.spans[0].documents}
     assert lengths == {max_tokens, 1}
     by_index = {result["index"]: result for result in answer["results"]}
@@ -381,12 +381,12 @@ async def test_body_declared_too_large_is_not_read(model: fakes.FakeModel) -> No
 async def test_token_limit_cuts_documents_and_refuses_longer_queries(
     model: fakes.FakeModel, over: int
 ) -> None:
-    group = fakes.qwen3_tokenizer().encode_group(None, QUERY, ["red apple"], max_length=8192)
+    group = fakes.small_tokenizer().encode_group(None, QUERY, ["red apple"], max_length=8192)
     whole = len(group.head) + len(group.documents[0])
     async with client_of(max_length=whole - over) as client:
         (result,) = (await rerank(client, documents=["red apple"]))["results"]
         assert result["truncated"] is bool(over)
-    alone = len(group.head) + len(fakes.qwen3_tokenizer().suffix)
+    alone = len(group.head) + len(fakes.small_tokenizer().suffix)
     async with client_of(max_length=alone + 1 - over) as client:
         reply = await client.post("/v1/rerank", json={"query": QUERY, "documents": FRUIT})
         assert reply.status_code == (400 if over else 200)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from qwen3_reranker import InputError, Reranker
 from qwen3_reranker.text.steps import finish
 from qwen3_reranker.text.windows import fold, split, window_steps
-from tests.fakes import FakeModel, loaded, qwen3_tokenizer
+from tests.fakes import FakeModel, loaded, small_tokenizer
 
 
 @given(st.integers(1, 3000), st.integers(1, 400))
@@ -33,7 +33,7 @@ TEXTS = ["word " * 300, "日本語の文章です。" * 60, "e\u0301🦙 \ud83d 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_window_is_encoded_as_its_text_alone(text: str) -> None:
-    tokenizer = qwen3_tokenizer()
+    tokenizer = small_tokenizer()
     group, (pieces,), truncated = finish(
         window_steps(tokenizer, None, "q", [text], max_length=128, max_windows=None)
     )
@@ -51,7 +51,7 @@ def test_window_is_encoded_as_its_text_alone(text: str) -> None:
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_text_is_in_a_window_or_the_document_truncated(text: str) -> None:
-    tokenizer = qwen3_tokenizer()
+    tokenizer = small_tokenizer()
     text = text[:200]
     least = len(tokenizer.encode_group(None, "q", [""], max_length=1000).head) + len(
         tokenizer.suffix
@@ -73,7 +73,7 @@ def test_text_is_in_a_window_or_the_document_truncated(text: str) -> None:
 
 
 def test_surrogate_pairs_are_one_character_in_the_prompt_and_two_in_the_document() -> None:
-    tokenizer = qwen3_tokenizer()
+    tokenizer = small_tokenizer()
     document = "ab \ud83e\udd99 🦙" * 90 + " \ud83d end"
     group, (pieces, short), truncated = finish(
         window_steps(
@@ -91,7 +91,7 @@ def test_surrogate_pairs_are_one_character_in_the_prompt_and_two_in_the_document
 
 
 def test_short_documents_are_left_alone() -> None:
-    tokenizer = qwen3_tokenizer()
+    tokenizer = small_tokenizer()
     documents = ["short", TEXTS[0], ""]
     group, pieces, truncated = finish(
         window_steps(tokenizer, None, "q", documents, max_length=128, max_windows=2)
