@@ -49,6 +49,12 @@ def test_navigation_has_every_page() -> None:
     assert set(listed) == docs | (others - {"README.md"}) | {"index.md"}
 
 
+def test_warnings_fail_the_site() -> None:
+    (command,) = re.findall("mkdocs build.*", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert "--strict" in command
+    assert "--quiet" not in command  # it hides warnings before --strict counts them
+
+
 def test_api_pages_name_what_there_is() -> None:
     pages = [page.read_text(encoding="utf-8") for page in PAGES]
     names = [name for text in pages for name in re.findall(r"^::: (\S+)$", text, re.MULTILINE)]
