@@ -219,6 +219,7 @@ def test_page_in_a_browser(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "fragment"),
     [
+        (["served", "--port", "70000"], "port must be between 0 and 65535, got 70000"),
         (["--url", "localhost:8012"], "url must be an http or https address"),
         (["model", "--adapter", "a", "--url", "http://h"], "Leave out model and adapter."),
         (
