@@ -35,7 +35,8 @@ distributed: .venv/test
 # most. Warnings of old packages pass.
 oldest: .venv/oldest
 	OMP_NUM_THREADS=1 .venv/oldest/bin/python $(FAST) -W default tests/unit \
-		$(patsubst %,tests/integration/test_%.py,contracts frameworks training security)
+		$(patsubst %,tests/integration/test_%.py,contracts frameworks training security \
+			tokenization_real report calibrate_command)
 	.venv/oldest/bin/python -m pytest -q -W default -m attack \
 		tests/attacks/test_page.py tests/attacks/test_checkpoints.py
 

@@ -26,7 +26,8 @@ short word text document needle straw " ". >:
 @cache
 def small_tokenizer_json() -> str:
     """Return the content of its `tokenizer.json`, the same in every process."""
-    pieces = [space + word for word in _WORDS for space in ("", " ")] + [" \n", "\n\n"]
+    pieces = [space + word for word in _WORDS for space in ("", " ")]
+    pieces += [" \n", "\n\n", 16 * " "]
     untrained = Tokenizer.from_str(json.dumps({**tokenizer_state({}, []), "added_tokens": []}))
     trainer = BpeTrainer(initial_alphabet=byte_letters(), show_progress=False)
     untrained.train_from_iterator(pieces, trainer)

@@ -216,6 +216,32 @@ def test_page_in_a_browser(tmp_path: Path) -> None:
         assert widest <= width
 
 
+@pytest.mark.parametrize(
+    ("arguments", "fragment"),
+    [
+        (["served", "--port", "70000"], "port must be between 0 and 65535, got 70000"),
+        (["--url", "localhost:8012"], "url must be an http or https address"),
+        (["model", "--adapter", "a", "--url", "http://h"], "Leave out model and adapter."),
+        (
+            ["--url", "http://h", "--calibration", "c", "--max-length", "9"],
+            "Leave out max_length and calibration.",
+        ),
+    ],
+)
+def test_command_refuses_bad_arguments_without_a_model(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    fragment: str,
+) -> None:
+    fakes.forbid_loading(monkeypatch)
+    assert main(["ui", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+    assert fragment in err
+
+
 def test_command_without_gradio_names_the_extra(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

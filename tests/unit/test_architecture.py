@@ -210,3 +210,15 @@ def test_what_is_imported_of_this_repository_exists(folder: str) -> None:
             # Other people's rerankers are in LlamaIndex's namespace, too.
             if name.split(".")[0] in FIRST_PARTY - {"llama_index"} | {"qwen3_reranker"}:
                 assert importlib.util.find_spec(name), f"{file.name} imports {name}"
+
+
+def test_unit_tests_read_no_vocabulary_of_another_package() -> None:
+    files = [*(ROOT / "tests/unit").glob("*.py"), *(ROOT / "tests").glob("*_tokenizer.py")]
+    files += [ROOT / f"tests/{name}.py" for name in ("fakes", "engines", "invariants", "texts")]
+    for file in files:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        names |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        names |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+        wanted = {"qwen3_tokenizer", "qwen3_tokenizer_file", "save_random_qwen3", "smollm2"}
+        assert not names & wanted, f"{file.name} needs another package"

@@ -338,12 +338,6 @@ def test_table_fits_eighty_columns(capsys: pytest.CaptureFixture[str], text: str
         (["rank", "-q", QUERY, "--threshold", "nan", "doc"], "got nan"),
         (["rank", "-q", QUERY, "--max-length", "0", "doc"], "max_length must be an integer"),
         (["rank", "-q", QUERY, "-m", "", "doc"], "model is blank"),
-        (["ui", "--url", "localhost:8012"], "url must be an http or https address"),
-        (["ui", "model", "--adapter", "a", "--url", "http://h"], "Leave out model and adapter."),
-        (
-            ["ui", "--url", "http://h", "--calibration", "c", "--max-length", "9"],
-            "Leave out max_length and calibration.",
-        ),
     ],
 )
 def test_bad_arguments_are_refused_without_a_model(

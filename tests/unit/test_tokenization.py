@@ -140,3 +140,11 @@ def test_tokenizer_whose_text_spells_a_control_token_is_refused() -> None:
 def test_broken_tokenizer_file_is_refused(content: str) -> None:
     with pytest.raises(ModelLoadError, match=r"tokenizer\.json cannot be parsed"):
         PromptTokenizer(content)
+
+
+def test_panic_of_the_library_is_a_refusal_too() -> None:
+    def change(state: dict[str, Any]) -> None:
+        state["pre_tokenizer"] = {"type": "FixedLength", "length": 0}
+
+    with pytest.raises(ModelLoadError, match="cannot be parsed or encodes nothing"):
+        PromptTokenizer(changed_tokenizer(change))

@@ -100,6 +100,17 @@ def test_abandoned_work_goes_no_further(turns: Turns) -> None:
     assert log.steps.count("left") <= 1
 
 
+def test_abandoned_work_whose_turn_it_is_is_let_go_of(turns: Turns) -> None:
+    log = Log()
+    left = turns.submit(log.work("left", *[1] * 1000))
+    assert log.started.wait(TIMEOUT_S)
+    left.abandon()
+    log.go.set()
+    with pytest.raises(CancelledError):
+        left.result(TIMEOUT_S)
+    assert log.steps == ["left"]
+
+
 def test_abandoned_work_is_let_go_of_before_its_turn(turns: Turns) -> None:
     log = Log()
     other = turns.submit(log.work("other", *[1] * 10**6))
