@@ -24,7 +24,7 @@ from tests.real_parts import QWEN3_0_6B
 
 from .workload import describe_machine, resident_bytes
 
-_LONGEST = 2048
+_LONGEST = 512
 _NAMES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
 

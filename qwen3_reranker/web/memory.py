@@ -22,9 +22,10 @@ def keep_little() -> None:
     """Have freed memory given back; call it before torch is imported and threads are started.
 
     oneDNN keeps a kernel for each of the last 1,024 sizes of matrices, and torch as many again.
-    Requests are of all sizes: at the widths of Qwen3-Reranker-0.6B that came to 1.3 GB, for 2 ms of
-    a forward (`benchmarks/RESULTS.md`). With AMX kernels take longer to compile and sizes are
-    rounded, so that there are few.
+    Requests are of all sizes: 300 of them, at the widths of Qwen3-Reranker-0.6B, took 0.6 GB, and
+    0.2 GB with 64 kernels. A size that is not kept costs a pack about 1.6 ms
+    (`benchmarks/kernels.py`). With AMX kernels take longer to compile and sizes are rounded, so
+    that there are few.
 
     glibc gives each thread a heap of its own, whose free memory no other thread can use: 0.2 GB.
     """
