@@ -14,6 +14,7 @@ from torch.nn.functional import linear as multiply
 from transformers import PretrainedConfig
 
 from qwen3_reranker import MissingExtraError, Reranker
+from qwen3_reranker.data.demo_corpus import read_sample
 from qwen3_reranker.model import loading
 from qwen3_reranker.model.loading import load_model
 from qwen3_reranker.model.quantized import Int8Linear, Int8Weights, nf4_linear, weights_alone
@@ -50,7 +51,10 @@ def test_layer_of_zeros_is_zero() -> None:
 
 def test_scores_move_by_what_loading_says(checkpoint: Callable[..., Path]) -> None:
     folder = str(checkpoint())
-    exact, rounded = (load_model(folder, device="cpu", dtype=d) for d in ("float32", "int8"))
+    exact, rounded = (
+        load_model(folder, device="cpu", dtype=d, read_sample=read_sample)
+        for d in ("float32", "int8")
+    )
     assert all(
         isinstance(layer.mlp.up_proj, Int8Linear) for layer in rounded.network.decoder.layers
     )

@@ -40,13 +40,13 @@ def test_interrupted_scoring_goes_on_after_the_last_whole_list(
     checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    rank = Reranker.rank
+    log_odds = Reranker.log_odds
 
     def counted(self: Reranker, query: str, *args: Any, **options: Any) -> Any:
         asked.append(query)
-        return rank(self, query, *args, **options)
+        return log_odds(self, query, *args, **options)
 
-    monkeypatch.setattr(Reranker, "rank", counted)
+    monkeypatch.setattr(Reranker, "log_odds", counted)
     served = Served(str(checkpoint()))
     scores = saved_scores(served, LISTS, tmp_path)
     assert [[len(row) for row in rows] for rows in scores.values()] == [[2], [1, 0]]

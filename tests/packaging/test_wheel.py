@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 
+from tests.unit.test_architecture import ROOMS
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -62,6 +64,7 @@ def test_wheel_holds_the_four_packages_and_nothing_else(wheel: Path) -> None:
     packages = {name.rsplit("/", 1)[0] for name in names}
     assert packages == {
         "qwen3_reranker",
+        *(f"qwen3_reranker/{room}" for room in set(ROOMS) - {"top"}),
         "qwen3_reranker/checkpoint/embedded_adapter",
         "finetune",
         "langchain_qwen3_reranker",
