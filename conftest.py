@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from qwen3_reranker.checkpoint.embedded import embedded_folder
-from qwen3_reranker.checkpoint.locate import EMBEDDED_BASE
+from qwen3_reranker.checkpoint.embedded import EMBEDDED_BASE, embedded_folder
 from tests import real_parts
 
 # A script for the environment of `make compat`, which alone has what it imports.

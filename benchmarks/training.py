@@ -35,8 +35,7 @@ import transformers
 from tokenizers import Tokenizer
 
 from finetune.data import TrainingGroup
-from qwen3_reranker.checkpoint.embedded import embedded_folder
-from qwen3_reranker.checkpoint.locate import EMBEDDED_BASE
+from qwen3_reranker.checkpoint.embedded import EMBEDDED_BASE, embedded_folder
 from qwen3_reranker.model.loading import DTYPES
 from tests.official import CHATML_SUFFIX, SUFFIX
 from tests.real_parts import QWEN3_0_6B, save_random_qwen3

@@ -19,7 +19,7 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from qwen3_reranker.checkpoint.locate import read_json
+from qwen3_reranker.checkpoint.folder import read_json
 from qwen3_reranker.errors import InputError, MissingExtraError
 from qwen3_reranker.model.loading import yes_no_row
 

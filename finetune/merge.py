@@ -18,14 +18,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from qwen3_reranker.checkpoint import files as checkpoint
 from qwen3_reranker.checkpoint.adapters import (
     ADAPTER_RECORD,
     ADAPTER_WEIGHTS,
     adapter_weights,
     template_of,
 )
-from qwen3_reranker.checkpoint.locate import locate, read_json
+from qwen3_reranker.checkpoint.files import read_tokenizer
+from qwen3_reranker.checkpoint.folder import read_json
+from qwen3_reranker.checkpoint.locate import locate, open_checkpoint
 from qwen3_reranker.errors import InputError
 from qwen3_reranker.text.tokenizer import PromptTokenizer
 
@@ -167,7 +168,7 @@ def average_models(models: Sequence[str], factors: Coefficients, folder: Path) -
         is_part = other.is_file() and other.suffix in (".json", ".txt", ".jinja")
         if is_part and other.name not in _OF_A_RUN:
             shutil.copyfile(other, folder / other.name)
-    tokenizer_json = checkpoint.read_tokenizer(folder, None)
+    tokenizer_json = read_tokenizer(folder, None)
     template = PromptTokenizer(tokenizer_json, template_of(None, folder, None)).template
     usage = f'qwen3_reranker.Reranker("{folder.name}")'
     write_card(folder, models[0], template, template.default_instruction, usage)
@@ -175,7 +176,7 @@ def average_models(models: Sequence[str], factors: Coefficients, folder: Path) -
 
 
 def _model_folder(model: str) -> Path:
-    folder, gguf_file, _ = checkpoint.open_checkpoint(model, None)
+    folder, gguf_file, _ = open_checkpoint(model, None)
     if gguf_file is not None:
         raise InputError(f"'{model}' is a GGUF file, whose weights are rounded. Pass a folder.")
     return folder

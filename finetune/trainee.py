@@ -27,7 +27,8 @@ from qwen3_reranker.checkpoint.adapters import (
     refuse_other_base,
     template_of,
 )
-from qwen3_reranker.checkpoint.locate import read_json
+from qwen3_reranker.checkpoint.folder import read_json
+from qwen3_reranker.checkpoint.locate import open_checkpoint
 from qwen3_reranker.engine.packing import Pack
 from qwen3_reranker.model import attention, loading
 from qwen3_reranker.model.attention import choose_backend
@@ -169,7 +170,7 @@ def load_trainee(base: Base, *, device: torch.device, template: PromptTemplate |
     Raises:
         ModelLoadError: If the base cannot be used, or the LoRA settings do not fit it.
     """
-    folder, gguf_file, config = files.open_checkpoint(base.name, base.revision)
+    folder, gguf_file, config = open_checkpoint(base.name, base.revision)
     tokenizer_json = files.read_tokenizer(folder, gguf_file)
     tokenizer = PromptTokenizer(tokenizer_json, template_of(template, folder, None))
     dtype = loading.DTYPES[base.dtype] if base.dtype else _default_dtype(device)

@@ -19,7 +19,8 @@ from qwen3_reranker import Reranker
 from qwen3_reranker.call.results import in_order
 from qwen3_reranker.checkpoint import files
 from qwen3_reranker.checkpoint.adapters import merge_adapter, template_of
-from qwen3_reranker.checkpoint.locate import locate, read_json
+from qwen3_reranker.checkpoint.folder import read_json
+from qwen3_reranker.checkpoint.locate import locate, open_checkpoint
 from qwen3_reranker.checkpoint.unfinished import remove_unfinished, written_whole
 from qwen3_reranker.errors import InputError, Qwen3RerankerError
 from qwen3_reranker.model import attention
@@ -94,7 +95,7 @@ def load_whole(model: str, adapter: str | None, instruction: str | None = None) 
     Raises:
         ModelLoadError: If either cannot be used.
     """
-    folder, gguf_file, config = files.open_checkpoint(model, None)
+    folder, gguf_file, config = open_checkpoint(model, None)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     full = files.read_weights(folder, gguf_file, config, torch.float32, attention=attention.NAME)
     adapter_folder = None

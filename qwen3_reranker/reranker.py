@@ -21,7 +21,7 @@ from .call.job import Job, Scored
 from .call.results import Usage
 from .call.verbs import BaseReranker, off_loop
 from .call.waiting import await_until, wait_until
-from .checkpoint.locate import EMBEDDED
+from .checkpoint.embedded import EMBEDDED
 from .engine.engine import Engine, PackRecord
 from .engine.progress import await_scores, wait
 from .engine.request import Scores

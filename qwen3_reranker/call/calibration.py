@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ..data.jsonl import read_json
 from ..errors import InputError, ModelLoadError, shown
+from ..text.strings import as_string
 from . import arguments
 from .results import probability
 
@@ -78,8 +79,8 @@ class Calibration:
             parts = (
                 content["temperature"],
                 content["bias"],
-                _text(content["model"]["fingerprint"]),
-                _text(content["template"]["hash"]),
+                as_string(content["model"]["fingerprint"]),
+                as_string(content["template"]["hash"]),
             )
         except (ValueError, KeyError, TypeError) as error:
             what = error if isinstance(error, ValueError) else "it lacks what such a file holds"
@@ -135,9 +136,3 @@ def calibration_of(value: Any) -> Calibration | None:
         f"calibration must be a file, a Calibration or None, got {type(value).__name__}. Pass the "
         f"{FILE_NAME} that qwen3-finetune calibrate wrote."
     )
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"expected a string, got {type(value).__name__}")
-    return value

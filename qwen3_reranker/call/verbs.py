@@ -103,7 +103,7 @@ class BaseReranker(ABC):
         Raises:
             Qwen3RerankerError: As `rank`.
         """
-        job = self._job([query], [documents], arguments.check_instruction(instruction), timeout_s)
+        job = self._job_of_one(query, documents, instruction, timeout_s)
         arguments.check_cut(top_n, score_threshold)
         try:
             scored = await self._ascore(job)
@@ -167,7 +167,7 @@ class BaseReranker(ABC):
         Raises:
             Qwen3RerankerError: As `rank`.
         """
-        job = self._job([query], [documents], arguments.check_instruction(instruction), timeout_s)
+        job = self._job_of_one(query, documents, instruction, timeout_s)
         return self._score(job).probabilities
 
     async def ascore(
@@ -183,7 +183,7 @@ class BaseReranker(ABC):
         Raises:
             Qwen3RerankerError: As `rank`.
         """
-        job = self._job([query], [documents], arguments.check_instruction(instruction), timeout_s)
+        job = self._job_of_one(query, documents, instruction, timeout_s)
         scored = await self._ascore(job)
         return await off_loop(job.num_documents, lambda: scored.probabilities)
 
@@ -203,7 +203,7 @@ class BaseReranker(ABC):
         Raises:
             Qwen3RerankerError: As `rank`.
         """
-        job = self._job([query], [documents], arguments.check_instruction(instruction), timeout_s)
+        job = self._job_of_one(query, documents, instruction, timeout_s)
         return self._score(job).log_odds[0]
 
     async def alog_odds(
@@ -219,7 +219,7 @@ class BaseReranker(ABC):
         Raises:
             Qwen3RerankerError: As `rank`.
         """
-        job = self._job([query], [documents], arguments.check_instruction(instruction), timeout_s)
+        job = self._job_of_one(query, documents, instruction, timeout_s)
         return (await self._ascore(job)).log_odds[0]
 
     def score_pairs(
@@ -287,6 +287,11 @@ class BaseReranker(ABC):
             for given in arguments.check_instructions(instruction, len(queries))
         ]
         return Job(queries, documents, instructions, deadline)
+
+    def _job_of_one(self, query: Any, documents: Any, instruction: Any, timeout_s: Any) -> Job:
+        # Of one query there is one instruction: a list of one is not taken.
+        given = arguments.check_instruction(instruction)
+        return self._job([query], [documents], given, timeout_s)
 
     def _job_of_pairs(self, pairs: Any, instruction: Any, timeout_s: Any) -> Job:
         """Check pairs; those of equal queries become one list."""

@@ -23,7 +23,8 @@ from safetensors import safe_open
 
 from ..errors import MissingExtraError, ModelLoadError, named
 from ..text.prompt import TEMPLATES, PromptTemplate
-from .locate import read_json
+from ..text.strings import as_string
+from .folder import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ def recorded_template(asked: PromptTemplate | None, folder: Path) -> PromptTempl
         return asked
     try:
         record = read_json(record_file)["template"]
-        recorded_id, recorded_hash = _text(record["id"]), _text(record["hash"])
+        recorded_id, recorded_hash = as_string(record["id"]), as_string(record["hash"])
     except (KeyError, TypeError) as error:
         raise ModelLoadError(
             f"'{record_file}' has no template id and hash. Train the adapter again, or delete the "
@@ -277,12 +278,6 @@ def _base_record(folder: Path) -> dict[str, Any]:
             "adapter again, or delete the file to load it unchecked."
         )
     return base or {}
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"expected a string, got {type(value).__name__}")
-    return value
 
 
 def refuse_other_base(found: str, folder: Path) -> None:

@@ -17,10 +17,15 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ..errors import MissingExtraError, ModelLoadError
-from .locate import EMBEDDED
 from .unfinished import remove_unfinished, written_whole
 
 logger = logging.getLogger(__name__)
+
+EMBEDDED = "embedded"
+"""The `model` that means this reranker; a folder of that name is written `./embedded`."""
+
+EMBEDDED_BASE = "embedded-base"
+"""The `model` that means its base, which was not trained to rerank."""
 
 ADAPTER = Path(__file__).with_name("embedded_adapter")
 """LoRA weights that were trained by `recipes/embedded` and are merged into the base."""
@@ -93,10 +98,7 @@ def _convert(gguf: Path, adapter: Path | None, target: Path) -> None:
         raise MissingExtraError.of(
             "converting the embedded model", " and ".join(missing), "embedded"
         )
-    from . import (
-        adapters,
-        files,  # import torch
-    )
+    from . import adapters, files  # which import torch
 
     with gguf.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()

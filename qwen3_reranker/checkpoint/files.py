@@ -22,24 +22,12 @@ from ..errors import ModelLoadError, named, shown
 from ..text.prompt import QWEN3_RERANKER
 from ..text.tokenizer import panic_is_error
 from . import gguf_header
-from .locate import locate, read_json, refuse_other_weights
+from .folder import read_json, refuse_other_weights
 
 _SUPPORTED = ("qwen3", "qwen2", "llama")
 # Their frequencies change with the longest position of a forward, so a score would depend on the
 # other documents of its pack.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-
-
-def open_checkpoint(model: str, revision: str | None) -> tuple[Path, str | None, Any]:
-    """Return the folder of a checkpoint, the name of a GGUF file, and a supported configuration.
-
-    Raises:
-        ModelLoadError: If it cannot be found or read, or is of no kind that is supported.
-    """
-    folder, gguf_file = locate(model, revision)
-    config = read_config(folder, gguf_file)
-    refuse_unsupported(config, model)
-    return folder, gguf_file, config
 
 
 def read_config(folder: Path, gguf_file: str | None) -> Any:

@@ -31,7 +31,7 @@ import llama_index.postprocessor.qwen3_reranker as llama_index_qwen3_reranker
 
 from .. import __version__
 from ..call.results import RankedDocument
-from ..checkpoint.locate import EMBEDDED
+from ..checkpoint.embedded import EMBEDDED
 from ..data.candidates import ndcg_at_10
 from ..data.demo_corpus import Passage, Query, read_corpus
 from ..reranker import Reranker

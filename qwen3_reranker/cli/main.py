@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from ..call.arguments import DTYPES, check_cut
 from ..call.results import cut_ranking
-from ..checkpoint.locate import EMBEDDED
+from ..checkpoint.embedded import EMBEDDED
 from ..data.candidates import CandidateList
 from ..data.documents import read_documents
 from ..data.jsonl import STDIN

@@ -126,6 +126,20 @@ def read_rows(path: str, *, max_bytes: int | None = None) -> Iterator[Row]:
                 yield Row(line, None, f"must be an object, got {type(content).__name__}")
 
 
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """Return what is in a file of at most 64 MiB.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it has more.
+    """
+    with open(path, "rb") as file:
+        raw = file.read(MAX_LINE_BYTES + 1)
+    if len(raw) > MAX_LINE_BYTES:
+        raise ValueError(f"more than {MAX_LINE_BYTES} bytes")
+    return raw
+
+
 def read_json(path: str | os.PathLike[str]) -> Any:
     """Return the content of a file that is one JSON value, of at most 64 MiB.
 
@@ -133,11 +147,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         ValueError: With what is wrong, in a few words; the caller says with which file.
     """
     try:
-        with open(path, "rb") as file:
-            raw = file.read(MAX_LINE_BYTES + 1)
-        if len(raw) > MAX_LINE_BYTES:
-            raise ValueError(f"more than {MAX_LINE_BYTES} bytes")
-        return _parse(raw.decode("utf-8-sig"))
+        return _parse(read_bytes(path).decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start + 1} is not UTF-8") from error
     except OSError as error:

@@ -19,8 +19,8 @@ import torch
 import transformers
 
 from ..checkpoint.adapters import merge_adapter, scoring_fingerprint, template_of
-from ..checkpoint.files import open_checkpoint, read_tokenizer, read_weights
-from ..checkpoint.locate import locate
+from ..checkpoint.files import read_tokenizer, read_weights
+from ..checkpoint.locate import locate, open_checkpoint
 from ..engine.packing import Budget, build_pack, merge_duplicates, plan_packs
 from ..errors import ModelLoadError, named
 from ..text.prompt import PromptTemplate

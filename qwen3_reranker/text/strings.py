@@ -29,3 +29,14 @@ def repaired(text: str) -> str:
         True
     """
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def as_string(value: object) -> str:
+    """Return a value that must be a string, of a file that somebody else wrote.
+
+    Raises:
+        TypeError: If it is none; the caller says of which file.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"expected a string, got {type(value).__name__}")
+    return value

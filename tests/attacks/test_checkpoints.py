@@ -24,7 +24,7 @@ from qwen3_reranker.checkpoint.adapters import (
     refuse_other_base,
 )
 from qwen3_reranker.checkpoint.embedded import find_gguf
-from qwen3_reranker.checkpoint.files import open_checkpoint
+from qwen3_reranker.checkpoint.locate import open_checkpoint
 from qwen3_reranker.model.loading import load_model
 from tests.attacks.limits import bounded
 

@@ -31,7 +31,8 @@ from qwen3_reranker.checkpoint.adapters import (
     recorded_template,
     refuse_other_base,
 )
-from qwen3_reranker.checkpoint.files import open_checkpoint, read_tokenizer
+from qwen3_reranker.checkpoint.files import read_tokenizer
+from qwen3_reranker.checkpoint.locate import open_checkpoint
 from qwen3_reranker.data.candidates import ndcg_at_10, read_candidate_rows
 from qwen3_reranker.data.documents import read_documents
 from qwen3_reranker.data.trec import read_run

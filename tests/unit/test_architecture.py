@@ -97,6 +97,31 @@ def test_rooms_import_downwards_only() -> None:
         assert arrow in allowed | LATE, f"{arrow} inside a function: {files}"
 
 
+@pytest.mark.parametrize("package", ["qwen3_reranker", "finetune"])
+def test_no_files_import_each_other_in_a_circle(package: str) -> None:
+    """Neither at the top nor inside of functions."""
+    folder = ROOT / package
+    modules = {
+        ".".join(file.relative_to(folder).with_suffix("").parts) for file in sources(package)
+    }
+    wanted: dict[str, set[str]] = {}
+    for file in sources(package):
+        here = file.relative_to(folder).with_suffix("").parts
+        if here[-1] != "__init__":  # the package's own names its public ones
+            wanted[".".join(here)] = modules & set(_relative_imports(file, here))
+    while leaves := {name for name, others in wanted.items() if not others & wanted.keys()}:
+        wanted = {name: others for name, others in wanted.items() if name not in leaves}
+    assert not wanted, f"these wait for each other: {sorted(wanted)}"
+
+
+def _relative_imports(file: Path, here: tuple[str, ...]) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = (*here[: len(here) - node.level], *filter(None, (node.module,)))
+            yield ".".join(base)
+            yield from (".".join((*base, alias.name)) for alias in node.names)
+
+
 def test_every_arrow_that_is_allowed_is_used() -> None:
     used = set(arrows(top_level_only=False))
     unused = {(room, there) for room, may in ROOMS.items() for there in may.split()} - used

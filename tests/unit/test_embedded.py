@@ -13,12 +13,13 @@ from qwen3_reranker import ModelLoadError, Reranker
 from qwen3_reranker.checkpoint import embedded
 from qwen3_reranker.checkpoint.embedded import (
     ADAPTER,
+    EMBEDDED,
+    EMBEDDED_BASE,
     INSTALL,
     cache_folder,
     embedded_folder,
     find_gguf,
 )
-from qwen3_reranker.checkpoint.locate import EMBEDDED, EMBEDDED_BASE
 
 
 @pytest.fixture
