@@ -23,8 +23,8 @@ def keep_little() -> None:
 
     oneDNN keeps a kernel for each of the last 1,024 sizes of matrices, and torch as many again.
     Requests are of all sizes: 300 of them, at the widths of Qwen3-Reranker-0.6B, took 0.6 GB, and
-    0.2 GB with 64 kernels. The first layer of a pack whose size is not kept
-    takes about 1.6 ms more (`benchmarks/kernels.py`). With AMX kernels take longer to compile and sizes are rounded, so
+    0.2 GB with 64 kernels. The first layer of a pack whose size is not kept takes about 1.6 ms more
+    (`benchmarks/kernels.py`). With AMX kernels take longer to compile and sizes are rounded, so
     that there are few.
 
     glibc gives each thread a heap of its own, whose free memory no other thread can use: 0.2 GB.
